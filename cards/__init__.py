@@ -1,0 +1,1 @@
+"""Templates of dataset cards; installed as `hf_reflect.card_templates`."""

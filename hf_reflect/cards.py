@@ -1,0 +1,98 @@
+"""The dataset card: a template filled with the facts of a run.
+
+Text that comes from data or from a model is escaped where it is inserted.
+"""
+
+import re
+from importlib.resources import files
+from typing import Any
+
+from hf_reflect.output import FOLDERS
+from hf_reflect.recipe import Recipe
+from hf_reflect.summary import Summary
+
+
+TEMPLATE = "dataset_card.md.jinja"
+
+
+def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str, location: str) -> str:
+    """The text of README.md.
+
+    Args:
+        recipe: What was done.
+        summary: What came of it.
+        splits: Names of the splits.
+        title: What the dataset is called.
+        location: What `load_dataset` finds it by.
+    """
+    import yaml
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters["cell"] = cell
+    template = environment.from_string((files("hf_reflect.card_templates") / TEMPLATE).read_text("utf-8"))
+    return template.render(
+        metadata=yaml.safe_dump(_metadata(splits, summary.rows), sort_keys=False).strip(),
+        title=cell(title),
+        location=location.replace('"', '\\"'),
+        source=recipe.source["path"],
+        method=recipe.method,
+        keep=recipe.keep,
+        oracle=recipe.oracle["identity"]["model"],
+        student=recipe.student and recipe.student["identity"]["model"],
+        prompts=f"{recipe.prompts['name']}, version {recipe.prompts['version']}",
+        recipe_hash=recipe.hash,
+        rows=summary.rows,
+        kept=summary.kept,
+        recycled=sorted(summary.recycled.items()),
+        means=[(quantity, *pair) for quantity, pair in means_table(summary)],
+    )
+
+
+def cell(text: Any) -> str:
+    """A text that can stand in a Markdown table or heading and changes nothing around it."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#&~$!])", lambda match: f"&#{ord(match[1])};", flat)
+
+
+def means_table(summary: Summary) -> list[tuple[str, tuple[str, str]]]:
+    """Means before and after, by quantity, as text."""
+    quantities = list(dict.fromkeys(quantity for quantity, _ in summary.means))
+    return [(q, (_shown(summary, q, "before"), _shown(summary, q, "after"))) for q in quantities]
+
+
+def _shown(summary: Summary, quantity: str, when: str) -> str:
+    mean = summary.means.get((quantity, when))
+    if mean is None or mean.value is None:
+        return "–"
+    digits = 3 if "ifd" in quantity else 0
+    return f"{mean.value:.{digits}f} (n={mean.n})"
+
+
+def _metadata(splits: list[str], rows: int) -> dict[str, Any]:
+    configs = [
+        {
+            "config_name": config,
+            "data_files": [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in splits],
+        }
+        for config, folder in FOLDERS.items()
+    ]
+    return {
+        "tags": ["reflection-tuning", "synthetic", "hf-reflect"],
+        "task_categories": ["text-generation"],
+        "size_categories": [_size_category(rows)],
+        "configs": [
+            {**config, "default": True} if config["config_name"] == "default" else config for config in configs
+        ],
+    }
+
+
+def _size_category(rows: int) -> str:
+    bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    sizes = [10**power for power in range(3, 13)]
+    if rows < sizes[0]:
+        return "n<1K"
+    for low, high, size in zip(bounds, bounds[1:], sizes[1:], strict=False):
+        if rows < size:
+            return f"{low}<n<{high}"
+    return "n>1T"

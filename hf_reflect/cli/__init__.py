@@ -1,0 +1,50 @@
+"""The command line: `hf-reflect`, or `hf reflect` where it is installed as an extension of `hf`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hf_reflect import __version__
+from hf_reflect.cli import demo, recycle, show
+from hf_reflect.errors import HfReflectError
+
+
+app = typer.Typer(
+    name="hf-reflect",
+    help="Recycle instruction data: an oracle LLM rewrites the weak pairs, the student model keeps what it can learn "
+    "from.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("recycle")(recycle.recycle)
+app.command("show")(show.show)
+app.command("demo")(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-reflect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def main() -> None:
+    """Runs the command line; an error that a person can act on becomes one line and exit code 1."""
+    try:
+        app()
+    except HfReflectError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped: what was paid for is in the journal; run the same command again to go on.", err=True)
+        sys.exit(130)

@@ -1,0 +1,20 @@
+"""`hf-reflect demo`: recycle the sample that ships with the package, with the embedded oracle and student."""
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_reflect.cli import recycle, show
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another recipe.")] = False,
+) -> None:
+    """Recycle a small sample offline, show what changed, and say where the result is."""
+    with as_file(files("hf_reflect") / "data" / "sample.jsonl") as sample:
+        recycle.run(str(sample), out, {}, overwrite=overwrite)
+    typer.echo("\nthe first row that changed:\n")
+    show.show(out)

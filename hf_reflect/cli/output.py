@@ -1,0 +1,87 @@
+"""What the commands print."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from hf_reflect.cards import means_table
+from hf_reflect.summary import Summary, final_pair
+
+
+_RECYCLED = {
+    "original": "left as they were",
+    "instruction": "new instruction, with its response",
+    "response": "new response",
+    "both": "new instruction, then a better response",
+}
+_CLIP = 2000
+
+
+def summary(result: Summary) -> str:
+    """The table at the end of a run."""
+    lines = [("rows", f"{result.rows}"), ("rows kept", f"{result.kept}")]
+    lines += [(f"  {_RECYCLED[name]}", f"{result.recycled[name]}") for name in _RECYCLED]
+    for phase in ("instruction", "response"):
+        lines.append((f"{phase} phase", ""))
+        lines += [(f"  reflections {s}", f"{n}") for (p, s), n in sorted(result.statuses.items()) if p == phase]
+        lines += [(f"  decisions {r}", f"{n}") for (p, r), n in sorted(result.decisions.items()) if p == phase]
+    lines += [(f"mean {quantity}", f"{before} -> {after}") for quantity, (before, after) in means_table(result)]
+    spent = result.spent
+    lines += [
+        ("calls to the oracle", f"{spent.calls}, and {spent.recalled} answered from the journal"),
+        ("tokens spent", f"{spent.prompt_tokens} read, {spent.completion_tokens} written"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def pair(row: Mapping[str, Any]) -> str:
+    """One row of config `reflections`, before and after."""
+    if row["original"] is None:
+        reasons = [reflection["reason"] for reflection in row["instruction_reflections"]]
+        return f"{_title(row)}\n\nno pair could be read: {reasons[0]}"
+    before, after = row["original"], final_pair(row)
+    blocks = [_title(row)]
+    for part in ("instruction", "input", "response"):
+        if not (before[part] or after[part]):
+            continue
+        blocks.append(_block(part, before[part]))
+        if after[part] != before[part]:
+            blocks.append(_block(f"{part}, recycled", after[part], "green"))
+    for phase in ("instruction", "response"):
+        decision = row[f"{phase}_decision"]
+        for reflection in row[f"{phase}_reflections"]:
+            reason = f" ({reflection['reason']})" if reflection["reason"] else ""
+            title = f"reflection on the {phase} by {reflection['oracle']}: {reflection['status']}{reason}"
+            blocks.append(_block(title, reflection["critique"] or "", "yellow"))
+        blocks.append(_scores(row, phase) + f"kept: {decision['kept']}, {decision['reason']}")
+    return "\n\n".join(blocks)
+
+
+def printable(text: str) -> str:
+    """A text without control characters: data must not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() or c in "\u200d\u200c" else "\ufffd" for c in text)
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return typer.style(f"row {row['row_id']}: {row['recycled']}", bold=True)
+
+
+def _block(title: str, text: str, color: str | None = None) -> str:
+    shown = printable(text)
+    if len(shown) > _CLIP:
+        shown = f"{shown[:_CLIP]} … ({len(text)} characters in all)"
+    return f"{typer.style(title, bold=True, fg=color)}\n{shown}"
+
+
+def _scores(row: Mapping[str, Any], phase: str) -> str:
+    measure = "ifd" if phase == "instruction" else "rifd"
+    rewrites = [(reflection[measure] or {}).get("value") for reflection in row[f"{phase}_reflections"]]
+    current = (row["original"][measure] or {}).get("value")
+    if all(score is None for score in (current, *rewrites)):
+        return ""
+    name = "IFD" if measure == "ifd" else "r-IFD"
+    shown = ", ".join("–" if score is None else f"{score:.3f}" for score in rewrites)
+    before = "–" if current is None else f"{current:.3f}"
+    return f"{name}: original {before}, rewrite {shown}\n"

@@ -1,0 +1,158 @@
+"""`hf-reflect recycle`: the main job."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_reflect.cli import output
+
+
+class Method(StrEnum):
+    """What decides."""
+
+    selective = "selective"
+    reflect = "reflect"
+
+
+class Keep(StrEnum):
+    """Which rows stay."""
+
+    all = "all"
+    reflected = "reflected"
+    below_one = "below-one"
+
+
+def recycle(
+    source: Annotated[
+        str, typer.Argument(help="A Hub id, a folder with a dataset, or a .json, .jsonl, .parquet or .csv file.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    oracle: Annotated[
+        str | None,
+        typer.Option(
+            help="Who reflects: local (an embedded small model), local:PATH.gguf, or the URL of an OpenAI-compatible "
+            "server, such as http://localhost:8000/v1.  [default: local]"
+        ),
+    ] = None,
+    oracle_model: Annotated[str | None, typer.Option(help="The model's name at the server.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Who decides: local, a Hub id, a folder or a .gguf file; with --method reflect also none.  "
+            "[default: local]"
+        ),
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="selective: the student decides; reflect: every rewrite is kept.  [default: selective]"),
+    ] = None,
+    keep: Annotated[
+        Keep | None,
+        typer.Option(
+            help="all: rejected rows stay as they were; reflected: only rows with a reflected response; below-one: of "
+            "those, only IFD < 1 and r-IFD < 1.  [default: all]"
+        ),
+    ] = None,
+    gate_first: Annotated[
+        bool | None, typer.Option("--gate-first", help="A rewrite with IFD >= 1 never displaces a pair below it.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="paper, json, staged, or a YAML file.  [default: paper; staged for an embedded oracle]",
+            metavar="STYLE|FILE",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The configuration of the source, where it has several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the oracle's sampling.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply in tokens.  [default: 2048; 320 for an embedded oracle]")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Of the oracle's sampling.  [default: 0]")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Calls to the oracle in flight at once.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A recipe.yaml whose settings apply where no option is given.")
+    ] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Where replies and scores are kept.  [default: a file under HF_HOME]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another recipe.")] = False,
+) -> None:
+    """Reflect on every pair of SOURCE, let the student decide, and write the recycled dataset to OUT.
+
+    Run the same command again to go on after an interruption: nothing is paid for twice.
+
+    \b
+    hf-reflect recycle alpaca_data.json recycled --limit 40
+    hf-reflect recycle tatsu-lab/alpaca recycled --oracle http://localhost:8000/v1 --student Qwen/Qwen2.5-0.5B
+    hf-reflect recycle data.jsonl recycled --method reflect --student none --prompts json
+    """
+    given = {
+        "oracle": oracle,
+        "oracle_model": oracle_model,
+        "student": student,
+        "method": method and str(method),
+        "keep": keep and str(keep),
+        "gate_first": gate_first,
+        "prompts": prompts,
+        "name": name,
+        "split": split,
+        "limit": limit,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
+    settings = {**(_from_recipe(config) if config else {}), **{k: v for k, v in given.items() if v is not None}}
+    run(source, out, settings, concurrency=concurrency, journal=journal, overwrite=overwrite)
+
+
+def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | None = None, **options: Any) -> None:
+    """Recycles with these settings and prints what came of it."""
+    import datasets
+
+    from hf_reflect.oracles import Sampling, load_oracle
+    from hf_reflect.recycling import recycle as recycle_dataset
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    oracle_options = {"model": settings.pop("oracle_model", None), "concurrency": concurrency}
+    sampling = {key: settings.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in settings}
+    if settings.get("student") == "none":
+        settings["student"] = None
+    oracle = load_oracle(settings.pop("oracle", "local"), **oracle_options)
+    recycled = recycle_dataset(
+        source,
+        out,
+        oracle=oracle,
+        sampling=Sampling(**{"max_tokens": oracle.max_tokens, **sampling}),
+        **settings,
+        **options,
+    )
+    typer.echo(output.summary(recycled.summary))
+    typer.echo(f"\nwritten to {out}")
+    typer.echo(f'load it:  datasets.load_dataset("{out}")')
+
+
+def _from_recipe(path: Path) -> dict[str, Any]:
+    from hf_reflect.prompts import Prompts
+    from hf_reflect.recipe import Recipe
+
+    recipe = Recipe.read(path)
+    oracle, student = recipe.oracle, recipe.student
+    settings = {
+        "oracle": oracle["spec"],
+        "oracle_model": oracle["identity"]["model"] if oracle["identity"]["kind"] == "chat" else None,
+        "student": student["spec"] if student else "none",
+        "method": recipe.method,
+        "keep": recipe.keep,
+        "gate_first": recipe.gate_first,
+        "prompts": Prompts.from_dict(recipe.prompts, str(path)),
+        **{key: recipe.source.get(key) for key in ("name", "split", "limit")},
+        **oracle["sampling"],
+    }
+    return {key: value for key, value in settings.items() if value is not None}

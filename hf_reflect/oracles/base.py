@@ -1,0 +1,113 @@
+"""What an oracle is: the seam that every backend fits."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the oracle samples a reply. All of it decides the answer, so all of it is part of the journal's key.
+
+    Attributes:
+        max_tokens: The longest reply, in tokens.
+        temperature: 0 is greedy, as in the papers' code.
+        top_p: Nucleus sampling.
+        seed: For servers that honour it.
+    """
+
+    max_tokens: int = 2048
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: chat messages, sampling, and the JSON schema the reply is held to, if any."""
+
+    messages: tuple[Mapping[str, str], ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    schema: Mapping[str, Any] | None = None
+
+    def key(self, identity: Mapping[str, Any]) -> str:
+        """The hash of all that determines the answer, and of nothing else."""
+        decides = {
+            "oracle": dict(identity),
+            "messages": [dict(m) for m in self.messages],
+            "sampling": self.sampling.to_dict(),
+            "schema": self.schema,
+        }
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: The answer, always encodable as UTF-8.
+        finish_reason: `stop`, `length`, `content_filter`, or whatever the server says.
+        prompt_tokens: Tokens read, as the server counts them; null if it doesn't say.
+        completion_tokens: Tokens written, likewise.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        # JSON can spell half a surrogate pair, which neither Arrow nor SQLite can hold.
+        object.__setattr__(self, "text", self.text.encode("utf-8", "replace").decode("utf-8"))
+
+
+class RowFailedError(Exception):
+    """The oracle did not answer this one request; the message says why. The row stays as it is."""
+
+
+@runtime_checkable
+class Oracle(Protocol):
+    """A teacher LLM, wherever it is served.
+
+    Attributes:
+        name: What reports call it (a model name).
+        identity: What determines its answers besides the request: the model and the endpoint, as JSON-able values.
+            No credentials, no transport settings: it is hashed into the journal's keys and written to the recipe.
+        concurrency: How many calls may be in flight at once.
+        prompts: The prompt style that suits it.
+        max_tokens: The longest reply that suits it.
+    """
+
+    name: str
+    concurrency: int
+    prompts: str
+    max_tokens: int
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    async def complete(self, request: Request) -> Reply:
+        """Answers one request.
+
+        Raises:
+            RowFailedError: this request has no answer.
+            OracleError: no request will have one; the run stops.
+        """
+        ...
+
+
+def canonical(value: Any) -> str:
+    """The one JSON spelling of a value, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def usage(replies: Sequence[Reply]) -> tuple[int, int]:
+    """Tokens read and written over several replies; what a server didn't count is taken as none."""
+    return sum(r.prompt_tokens or 0 for r in replies), sum(r.completion_tokens or 0 for r in replies)

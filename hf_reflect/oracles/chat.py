@@ -1,0 +1,179 @@
+"""An oracle behind an OpenAI-compatible chat endpoint: vLLM, SGLang, llama.cpp, TGI's Messages API and the like."""
+
+import asyncio
+import os
+import random
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from hf_reflect.errors import OracleError
+from hf_reflect.oracles.base import Reply, Request, RowFailedError
+from hf_reflect.oracles.faults import Fault, read_fault, redact
+
+
+API_KEY_VARIABLE = "HF_REFLECT_API_KEY"
+_HUGGING_FACE_HOSTS = (".huggingface.co", ".huggingface.cloud", ".hf.co", ".hf.space")
+
+
+class ChatOracle:
+    """Asks a chat endpoint through huggingface_hub's async client.
+
+    Args:
+        url: The base of the API, usually ending in `/v1`.
+        model: The model's name at the server; may be left out where the server serves a single one.
+        api_key: Sent as bearer token. By default the environment variable `HF_REFLECT_API_KEY`, or for a host of
+            Hugging Face your own token. Another host never gets your Hugging Face token.
+        concurrency: Calls in flight at once.
+        timeout: Seconds to wait for one reply.
+        attempts: Tries per request, where the failure may pass.
+
+    Raises:
+        OracleError: the server does not answer, refuses the key, or does not serve the model.
+    """
+
+    prompts = "paper"
+    max_tokens = 2048
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 16,
+        timeout: float = 600.0,
+        attempts: int = 5,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self.url = self.spec = without_secrets(self._url)
+        self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
+        self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or _hugging_face_token(self._url)
+        self._client: tuple[int, Any] | None = None
+        self.name = self._check_model(model)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The endpoint and the model."""
+        return {"kind": "chat", "url": self.url, "model": self.name}
+
+    async def complete(self, request: Request) -> Reply:
+        """Answers one request, trying again where the failure may pass.
+
+        Raises:
+            RowFailedError: this request has no answer.
+            OracleError: no request will have one.
+        """
+        attempt = 1
+        while True:
+            try:
+                return await self._complete_once(request)
+            except Exception as error:
+                fault = read_fault(error)
+                if fault is None:  # a bug, not an answer
+                    raise
+            last = attempt == self.attempts
+            if fault.lasting or (last and fault.unreachable):
+                raise self._stop(fault)
+            if last or not fault.passing:
+                raise RowFailedError(self._clean(f"{fault.message} (attempt {attempt} of {self.attempts})"))
+            await asyncio.sleep(fault.retry_after or random.uniform(0.25, 0.5) * 2**attempt)
+            attempt += 1
+
+    async def _complete_once(self, request: Request) -> Reply:
+        sampling = request.sampling
+        # The client would rewrite a response_format into a form that only TGI reads, so it goes in as extra_body.
+        extra = {"response_format": _json_schema(request.schema)} if request.schema else None
+        output = await self._async_client().chat_completion(
+            [dict(message) for message in request.messages],
+            model=self.name,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            extra_body=extra,
+        )
+        return read_completion(output)
+
+    def _async_client(self) -> Any:
+        # One client per process: all calls run on that process's background loop.
+        if self._client is None or self._client[0] != os.getpid():
+            from huggingface_hub import AsyncInferenceClient
+
+            # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
+            key = self._api_key or "unused"
+            self._client = (os.getpid(), AsyncInferenceClient(base_url=self._url, api_key=key, timeout=self.timeout))
+        return self._client[1]
+
+    def _check_model(self, model: str | None) -> str:
+        served = self._served_models()
+        if model is None:
+            if len(served) == 1:
+                return served[0]
+            known = f"it serves {', '.join(served)}" if served else "it does not say which models it serves"
+            raise OracleError(f"oracle {self.url}: name a model with --oracle-model ({known}).")
+        if served and model not in served:
+            raise OracleError(f"oracle {self.url} serves no model {model!r}. It serves: {', '.join(served[:20])}.")
+        return model
+
+    def _served_models(self) -> list[str]:
+        from huggingface_hub.utils import get_session
+
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        try:
+            response = get_session().get(f"{self._url}/models", headers=headers, timeout=30)
+            status = response.status_code
+        except Exception as error:
+            fault = read_fault(error)
+            if fault is None:
+                raise
+            raise self._stop(fault) from None
+        if status in (401, 403):
+            raise self._stop(Fault.of_status(status, response.text))
+        try:
+            return [model["id"] for model in response.json()["data"]]
+        except (ValueError, KeyError, TypeError):
+            return []  # not every server has this route
+
+    def _stop(self, fault: Fault) -> OracleError:
+        return OracleError(self._clean(f"oracle {self.url}: {fault.message}. {fault.advice}"))
+
+    def _clean(self, message: str) -> str:
+        return redact(message, self._api_key)
+
+
+def read_completion(output: Any) -> Reply:
+    """The reply in an OpenAI-style completion.
+
+    Raises:
+        RowFailedError: it has no choices.
+    """
+    if not output.choices:
+        raise RowFailedError("the server sent a completion without choices")
+    choice, used = output.choices[0], output.usage
+    refusal = getattr(choice.message, "refusal", None)
+    return Reply(
+        text=choice.message.content or refusal or "",
+        finish_reason="content_filter" if refusal else choice.finish_reason,
+        prompt_tokens=used.prompt_tokens if used else None,
+        completion_tokens=used.completion_tokens if used else None,
+    )
+
+
+def without_secrets(url: str) -> str:
+    """A URL without user, password, query and fragment."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "reflection", "schema": schema, "strict": True}}
+
+
+def _hugging_face_token(url: str) -> str | None:
+    host = urlsplit(url).hostname or ""
+    if urlsplit(url).scheme == "https" and f".{host}".endswith(_HUGGING_FACE_HOSTS):
+        from huggingface_hub import get_token
+
+        return get_token()
+    return None

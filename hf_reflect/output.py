@@ -1,0 +1,144 @@
+"""The folder a run writes. It appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_reflect.errors import OutputError, RecipeError
+from hf_reflect.recipe import FILE, Recipe
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FOLDERS = {"default": "data", "reflections": "reflections"}
+"""Where each config's files are."""
+
+
+class OutputFolder:
+    """Collects a run's files beside their destination and moves them there at the end.
+
+    Args:
+        path: Where the folder is to appear.
+        recipe: What is being done; an existing folder with the same recipe is brought up to date.
+        overwrite: Replace a folder with another recipe.
+
+    Raises:
+        OutputError: something else is there, or it can't be written.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> None:
+        self.path = Path(os.path.abspath(Path(path).expanduser()))
+        self.recipe = recipe
+        self._staging = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        self._writers: dict[tuple[str, str], Any] = {}
+        try:
+            self._clear_leftovers()
+            self._check_destination(overwrite)
+            for folder in FOLDERS.values():
+                (self._staging / folder).mkdir(parents=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def write(self, config: str, split: str, rows: "Dataset") -> None:
+        """Appends rows to a split of a config.
+
+        Raises:
+            OutputError: the disk is full, or the like.
+        """
+        import pyarrow.parquet as pq
+
+        table = rows.with_format("arrow")[:]
+        try:
+            writer = self._writers.get((config, split))
+            if writer is None:
+                file = self._staging / FOLDERS[config] / f"{split}-00000-of-00001.parquet"
+                writer = self._writers[config, split] = pq.ParquetWriter(file, rows.features.arrow_schema)
+            writer.write_table(table.cast(writer.schema))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def finish(self, files: Mapping[str, str]) -> None:
+        """Writes the remaining files and lets the folder appear.
+
+        Args:
+            files: Texts by file name.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        try:
+            for writer in self._writers.values():
+                writer.close()
+            for name, text in {**files, FILE: self.recipe.to_yaml()}.items():
+                (self._staging / name).write_text(text, "utf-8")
+            for file in self._staging.rglob("*"):
+                _sync(file)
+            if self.path.exists():
+                old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
+                self.path.rename(old)
+                self._staging.rename(self.path)
+                shutil.rmtree(old)
+            else:
+                self._staging.rename(self.path)
+            _sync(self.path.parent)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def discard(self) -> None:
+        """Forgets what was collected; an existing folder stays as it is."""
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _check_destination(self, overwrite: bool) -> None:
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        try:
+            there = Recipe.read(self.path) if self.path.is_dir() else None
+        except RecipeError:
+            there = None
+        if there is None:
+            raise OutputError(f"{self.path}: is not a recycled dataset; it is left alone. Choose another folder.")
+        if there.hash != self.recipe.hash and not overwrite:
+            raise OutputError(
+                f"{self.path}: holds the result of another recipe ({there.hash}, this one is {self.recipe.hash}). "
+                "Choose another folder, or replace it with --overwrite."
+            )
+
+    def _clear_leftovers(self) -> None:
+        """Removes what killed runs left behind; puts back a folder that one had moved aside."""
+        for left in self.path.parent.glob(f".{self.path.name}.*-*"):
+            kind, _, pid = left.name.removeprefix(f".{self.path.name}.").partition("-")
+            if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+                continue
+            if kind == "old" and not self.path.exists():
+                left.rename(self.path)
+            else:
+                shutil.rmtree(left)
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path}: can't be written: {error.strerror or error}. "
+            "What was paid for is in the journal: run the same command again to go on."
+        )
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

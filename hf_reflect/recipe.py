@@ -1,0 +1,94 @@
+"""All that decides the result of a run, as YAML."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_reflect.errors import RecipeError
+from hf_reflect.oracles.base import canonical
+
+
+FILE = "recipe.yaml"
+
+_REQUIRED = ("source", "method", "keep", "gate_first", "prompts", "oracle")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was done to what, with what.
+
+    Attributes:
+        source: Path or Hub id, configuration, split, limit, and the content hash or revision it had.
+        method: `selective` or `reflect`.
+        keep: The policy for rows that were not recycled.
+        gate_first: Whether the gate of IFD < 1 comes before the comparison.
+        prompts: The prompts, whole.
+        oracle: Its spec, its identity and the sampling parameters.
+        student: Its spec and identity; null if nothing was scored.
+        version: Of this package.
+    """
+
+    source: Mapping[str, Any]
+    method: str
+    keep: str
+    gate_first: bool
+    prompts: Mapping[str, Any]
+    oracle: Mapping[str, Any]
+    student: Mapping[str, Any] | None
+    version: str
+
+    @property
+    def hash(self) -> str:
+        """The same for two runs whose results must be the same. Paths, specs and versions don't count."""
+        source = {name: value for name, value in self.source.items() if name != "path"}
+        decides = {
+            "source": source,
+            "method": self.method,
+            "keep": self.keep,
+            "gate_first": self.gate_first,
+            "prompts": self.prompts,
+            "oracle": {name: value for name, value in self.oracle.items() if name != "spec"},
+            "student": self.student and {name: value for name, value in self.student.items() if name != "spec"},
+        }
+        return hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The text of `recipe.yaml`."""
+        import yaml
+
+        data = {
+            "hf_reflect": self.version,
+            "hash": self.hash,
+            "source": dict(self.source),
+            "method": self.method,
+            "keep": self.keep,
+            "gate_first": self.gate_first,
+            "oracle": dict(self.oracle),
+            "student": None if self.student is None else dict(self.student),
+            "prompts": dict(self.prompts),
+        }
+        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """The recipe in a file, or in a folder that a run wrote.
+
+        Raises:
+            RecipeError: there is none, or it lacks something.
+        """
+        import yaml
+
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            data = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"recipe {file}: can't be read: {error}") from error
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"recipe {file}: not a recipe")
+        missing = [name for name in _REQUIRED if name not in data]
+        if missing:
+            raise RecipeError(f"recipe {file}: lacks {', '.join(missing)}")
+        rest = {name: data[name] for name in _REQUIRED}
+        return cls(**rest, student=data.get("student"), version=str(data.get("hf_reflect")))

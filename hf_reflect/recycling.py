@@ -1,0 +1,358 @@
+"""The whole run: a source goes through the chain of transforms, shard by shard, into a folder.
+
+Shards are contiguous pieces of some hundred rows. A few of them are in flight at once, each in a thread that maps the
+chain over it, so the oracle answers for one shard while the student scores another; one limit on the oracle's calls
+holds across all of them. Memory is bounded by the shards in flight.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_reflect import __version__
+from hf_reflect.cards import render_card
+from hf_reflect.columns import DEFAULT, REFLECTIONS
+from hf_reflect.errors import RecipeError, SourceError
+from hf_reflect.journal import Journal, open_journal
+from hf_reflect.oracles import Oracle, Sampling, load_oracle
+from hf_reflect.oracles.journaled import JournaledOracle
+from hf_reflect.output import OutputFolder
+from hf_reflect.prompts import Prompts
+from hf_reflect.recipe import Recipe
+from hf_reflect.selection import Keep, Method
+from hf_reflect.sources import load_source
+from hf_reflect.student import Student, load_student
+from hf_reflect.summary import Summary
+from hf_reflect.transforms import (
+    KeepRecycled,
+    ReflectInstruction,
+    ReflectResponse,
+    ScoreIFD,
+    ScoreReversedIFD,
+    SelectInstruction,
+    SelectResponse,
+    Transform,
+)
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+_SHARD = 200
+_SHARDS_IN_FLIGHT = 5
+_SCORED_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class Recycled:
+    """The result of a run.
+
+    Attributes:
+        recipe: What was done.
+        summary: What came of it, in numbers.
+        folder: Where it was written; null if it was not.
+    """
+
+    recipe: Recipe
+    summary: Summary
+    folder: Path | None
+    _load: Callable[[str], Any]
+
+    @cached_property
+    def dataset(self) -> "Dataset | DatasetDict":
+        """The recycled dataset, in the shape of the source; opened when first asked for."""
+        return self._load("default")
+
+    @cached_property
+    def reflections(self) -> "Dataset | DatasetDict":
+        """The audit trail, one row per row of the source; opened when first asked for."""
+        return self._load("reflections")
+
+    def __iter__(self) -> Iterator[Any]:
+        """So that `dataset, reflections = recycle(...)` works."""
+        return iter((self.dataset, self.reflections))
+
+
+def recycle(
+    dataset: "str | Path | Dataset | DatasetDict",
+    output: str | Path | None = None,
+    *,
+    oracle: "str | Oracle" = "local",
+    student: "str | Student | None" = "local",
+    method: Method = "selective",
+    keep: Keep = "all",
+    gate_first: bool = False,
+    prompts: str | Path | Prompts | None = None,
+    name: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    sampling: Sampling | None = None,
+    oracle_options: dict[str, Any] | None = None,
+    journal: Journal | str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Recycled:
+    """Recycles an instruction dataset: the oracle reflects on every pair, the student decides what is kept.
+
+    The result is the same however often the run was interrupted: whatever was paid for is in the journal.
+
+    Args:
+        dataset: A Hub id, a folder, a file, a `Dataset` or a `DatasetDict`.
+        output: The folder to write; without one the result is only returned.
+        oracle: Who reflects: `local`, `local:PATH.gguf`, `http(s)://HOST/v1`, or an `Oracle`.
+        student: Who decides: `local`, a Hub id, a folder, a `.gguf` file, or a `Student`. None (or `"none"`) with
+            method `reflect`: nothing is scored, and torch is not loaded.
+        method: `selective` (arXiv 2402.10110) or `reflect` (arXiv 2310.11716), which keeps every rewrite.
+        keep: `all` leaves rejected rows as they were; `reflected` keeps only rows with a reflected response;
+            `below-one` also requires IFD < 1 and r-IFD < 1.
+        gate_first: A rewrite with IFD of 1 or more never displaces a pair below it.
+        prompts: A style (`paper`, `json`, `staged`), a YAML file, or `Prompts`; by default what suits the oracle.
+        name: The configuration of the source, where it has several.
+        split: Only this split.
+        limit: Only the first so many rows of each split.
+        seed: For the oracle's sampling.
+        sampling: How the oracle samples; by default greedily, at most as many tokens as suit it.
+        oracle_options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`.
+        journal: Where replies and scores are kept; by default under `HF_HOME`.
+        overwrite: Replace a folder that holds the result of another recipe.
+        progress: Show a bar per phase (on a terminal).
+
+    Returns:
+        The recycled dataset with its audit trail.
+
+    Raises:
+        HfReflectError: the source, the oracle, the student or the output can't be used; the message says what to do.
+    """
+    scored = student not in (None, "none")
+    if method == "selective" and not scored:
+        raise RecipeError("method selective needs a student; without one only --method reflect is possible.")
+    if keep == "below-one" and not scored:
+        raise RecipeError("keep below-one needs scores, so it needs a student.")
+    source = load_source(dataset, name=name, split=split, limit=limit)
+    splits = {key: rows for key, rows in source.splits.items() if len(rows)}
+    if not splits:
+        raise SourceError(f"{source.provenance['path']}: there are no rows.")
+    book = journal if isinstance(journal, Journal) else open_journal(journal)
+    asked = JournaledOracle(load_oracle(oracle, **(oracle_options or {})), book)
+    sampling = sampling or Sampling(max_tokens=asked.oracle.max_tokens)
+    sampling = sampling if seed is None else replace(sampling, seed=seed)
+    prompts = Prompts.load(prompts or asked.oracle.prompts)
+    judge = load_student(student) if scored and student is not None else None
+
+    recipe = Recipe(
+        source={**source.provenance, "split": split, "limit": limit},
+        method=method,
+        keep=keep,
+        gate_first=gate_first,
+        prompts=prompts.to_dict(),
+        oracle={
+            "spec": _spec(oracle),
+            "identity": dict(asked.oracle.identity),
+            "sampling": sampling.to_dict(),
+        },
+        student={"spec": _spec(student), "identity": judge.identity} if judge else None,
+        version=__version__,
+    )
+    steps = chain(asked, judge, prompts, sampling, method, gate_first, book)
+    folder = OutputFolder(output, recipe, overwrite=overwrite) if output is not None else None
+    summary = Summary(spent=asked.spent)
+    try:
+        parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
+        if folder is not None:
+            title = folder.path.name
+            folder.finish({"README.md": render_card(recipe, summary, list(splits), title, str(output))})
+    except BaseException:
+        if folder is not None:
+            folder.discard()
+        raise
+    load = partial(_collect, parts, folder, list(splits), source.single)
+    return Recycled(recipe, summary, folder.path if folder else None, load)
+
+
+def _spec(model: Any) -> str | None:
+    return model if isinstance(model, str) else getattr(model, "spec", None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `map` of the chain.
+
+    Attributes:
+        title: What the progress bar says.
+        transform: What is mapped.
+        batch_size: Rows it gets at once.
+    """
+
+    title: str
+    transform: Transform
+    batch_size: int
+
+
+def chain(
+    oracle: JournaledOracle,
+    student: Student | None,
+    prompts: Prompts,
+    sampling: Sampling,
+    method: Method,
+    gate_first: bool,
+    journal: Journal,
+) -> list[Step]:
+    """The transforms of a run, in order: the same that one would chain by hand."""
+
+    def reflect(kind: type[ReflectInstruction] | type[ReflectResponse], title: str) -> Step:
+        return Step(title, kind(oracle, prompts=prompts, sampling=sampling), _SHARD)
+
+    def score(kind: type[ScoreIFD] | type[ScoreReversedIFD], title: str) -> list[Step]:
+        return [] if student is None else [Step(title, kind(student, journal=journal), _SCORED_TOGETHER)]
+
+    def select(kind: type[SelectInstruction] | type[SelectResponse], title: str) -> Step:
+        return Step(title, kind(method, gate_first=gate_first), _SHARD)
+
+    return [
+        reflect(ReflectInstruction, "reflect on instructions"),
+        *score(ScoreIFD, "score IFD"),
+        select(SelectInstruction, "select instructions"),
+        reflect(ReflectResponse, "reflect on responses"),
+        *score(ScoreReversedIFD, "score r-IFD"),
+        *(score(ScoreIFD, "score IFD of rewrites") if gate_first else []),
+        select(SelectResponse, "select responses"),
+        *score(ScoreIFD, "score final IFD"),
+    ]
+
+
+Parts = dict[tuple[str, str], list["Dataset"]]
+
+
+def _run(
+    splits: Any,
+    steps: list[Step],
+    keep: KeepRecycled,
+    summary: Summary,
+    folder: OutputFolder | None,
+    oracle: JournaledOracle,
+    progress: bool,
+) -> Parts:
+    """Maps the chain over all splits; gives the parts of each config and split, unless they went to a folder."""
+    parts: Parts = {}
+    shards = [(key, start) for key, rows in splits.items() for start in range(0, len(rows), _SHARD)]
+
+    def work(shard: tuple[str, int]) -> tuple["Dataset", "Dataset"]:
+        split, start = shard
+        rows = splits[split]
+        return _recycle_shard(rows, start, min(start + _SHARD, len(rows)), steps, keep)
+
+    with _bars(steps, sum(map(len, splits.values())), progress):
+        for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, oracle.stop), strict=True):
+            summary.add(reflections)
+            summary.kept += len(default)
+            for config, rows in (("default", default), ("reflections", reflections)):
+                if folder is None:
+                    parts.setdefault((config, split), []).append(rows)
+                else:
+                    folder.write(config, split, rows)
+    return parts
+
+
+def _recycle_shard(
+    rows: "Dataset", start: int, stop: int, steps: list[Step], keep: KeepRecycled
+) -> tuple["Dataset", "Dataset"]:
+    from datasets import Value
+
+    shard = rows.select(range(start, stop)).add_column("row_id", list(range(start, stop)), feature=Value("int64"))
+    for step in steps:
+        shard = shard.map(step.transform, batched=True, batch_size=step.batch_size, keep_in_memory=True)
+    reflections = shard.select_columns(list(REFLECTIONS))
+    default = shard.map(_original_scores, batched=True, batch_size=_SHARD, keep_in_memory=True)
+    default = default.select_columns([*rows.column_names, *DEFAULT])
+    return default.filter(keep, batched=True, keep_in_memory=True), reflections
+
+
+def _original_scores(batch: Any) -> Any:
+    from hf_reflect.columns import updated
+
+    originals = [original or {} for original in batch["original"]]
+    return updated(
+        batch,
+        {f"{m}_original": [(o.get(m) or {}).get("value") for o in originals] for m in ("ifd", "rifd")},
+    )
+
+
+def _in_flight(work: Callable[[Any], Any], items: list[Any], stop: Callable[[], None]) -> Iterator[Any]:
+    """Results of `work`, in order, with a few items in threads at once; an error stops them all."""
+    waiting: deque[Future[Any]] = deque()
+    todo = iter(items)
+    with ThreadPoolExecutor(_SHARDS_IN_FLIGHT, thread_name_prefix="hf_reflect-shard") as pool:
+        try:
+            while True:
+                while len(waiting) < _SHARDS_IN_FLIGHT and (item := next(todo, None)) is not None:
+                    waiting.append(pool.submit(work, item))
+                if not waiting:
+                    return
+                _raise_first_error(waiting)
+                yield waiting.popleft().result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _raise_first_error(waiting: deque[Future[Any]]) -> None:
+    """Waits for the first shard, but not past an error of any."""
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    pending = set(waiting)
+    while not waiting[0].done():
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            if error := future.exception():
+                raise error
+
+
+@contextmanager
+def _bars(steps: list[Step], total: int, progress: bool) -> Iterator[None]:
+    """A bar per slow step, on a terminal, in place of those of `datasets`."""
+    import datasets
+    from tqdm.auto import tqdm
+
+    lock = threading.Lock()
+    slow = [step for step in steps if not isinstance(step.transform, SelectInstruction | SelectResponse)]
+    bars = [
+        tqdm(total=total, desc=step.title, unit="row", position=i, disable=None if progress else True)
+        for i, step in enumerate(slow)
+    ]
+
+    def watch(bar: Any) -> Callable[[int], None]:
+        def done(rows: int) -> None:
+            with lock:
+                bar.update(rows)
+
+        return done
+
+    for step, bar in zip(slow, bars, strict=True):
+        step.transform.done = watch(bar)
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+        for bar in bars:
+            bar.close()
+
+
+def _collect(parts: Parts, folder: OutputFolder | None, splits: list[str], single: bool, config: str) -> Any:
+    from datasets import DatasetDict, concatenate_datasets, load_dataset
+
+    if folder is None:
+        by_split = DatasetDict({split: concatenate_datasets(parts[config, split]) for split in splits})
+    else:
+        by_split = load_dataset(str(folder.path), config)
+    return by_split[splits[0]] if single else by_split

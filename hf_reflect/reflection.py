@@ -1,0 +1,238 @@
+"""Ask the oracle about a pair, read its reply, give a `Reflection`. Never raises for a row."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from hf_reflect.oracles.base import Reply, Request, RowFailedError, Sampling
+from hf_reflect.pairs import Pair
+from hf_reflect.prompts import Phase, Prompts
+from hf_reflect.replies import (
+    Rewrite,
+    is_refusal,
+    json_schema,
+    parse_json,
+    parse_markers,
+    says_already_good,
+    undress,
+)
+
+
+Status = Literal["ok", "unchanged", "unparsed", "truncated", "refused", "empty", "failed", "skipped"]
+
+Ask = Callable[[Request], Awaitable[Reply]]
+"""Asks the oracle; raises `RowFailedError` when this one request has no answer."""
+
+
+_CRITIQUE_TOKENS = 120
+"""The longest staged critique: it is asked for in one or two sentences."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to the oracle, as it came back.
+
+    Attributes:
+        part: Which part of the prompts asked for it (`user`, or a stage).
+    """
+
+    part: str
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """An oracle's critique of a pair and the rewrite it proposes.
+
+    Attributes:
+        status: `ok` when there is a rewrite; otherwise why there is none.
+        reason: More about the status, for people.
+        oracle: The name of the oracle.
+        prompts: The id of the prompts.
+        critique: What the oracle found, as text.
+        instruction: The rewritten instruction; null in the response phase or without a rewrite.
+        input: The rewritten input, with the instruction.
+        response: The rewritten response.
+        calls: Every reply that was paid for, raw.
+    """
+
+    status: Status
+    reason: str | None = None
+    oracle: str | None = None
+    prompts: str | None = None
+    critique: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    response: str | None = None
+    calls: tuple[Call, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy, the shape of the `*_reflections` columns."""
+        return asdict(self)
+
+
+@dataclass
+class Reflector:
+    """Reflects on pairs with one oracle and one set of prompts.
+
+    Attributes:
+        ask: Asks the oracle.
+        name: The oracle's name.
+        prompts: The prompts to ask with.
+        sampling: How to sample.
+        phase: What is reflected on.
+    """
+
+    ask: Ask
+    name: str
+    prompts: Prompts
+    sampling: Sampling
+    phase: Phase
+    _styles: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._styles = {"paper": self._one_call, "json": self._one_call, "staged": self._stages}
+
+    async def reflect(self, pair: Pair) -> Reflection:
+        """The oracle's reflection on a pair. Errors of the row become its status; errors of the oracle are raised.
+
+        Raises:
+            OracleError: asking on is useless.
+        """
+        if not pair.question.strip():
+            return self._give("skipped", "there is no instruction to reflect on")
+        calls: list[Call] = []
+        try:
+            rewrite = await self._styles[self.prompts.style](pair, calls)
+        except RowFailedError as error:
+            return self._give("failed", str(error), calls=calls)
+        except _NoRewriteError as error:
+            return self._give(error.status, error.reason, error.rewrite, calls)
+        return self._judge(pair, rewrite, calls)
+
+    async def _one_call(self, pair: Pair, calls: list[Call]) -> Rewrite:
+        schema = json_schema(self.phase) if self.prompts.style == "json" else None
+        parse = parse_json if self.prompts.style == "json" else parse_markers
+        text = await self._call("user", pair, calls, {}, schema=schema)
+        rewrite = parse(text, self.phase)
+        if rewrite is None:
+            if is_refusal(text):
+                raise _NoRewriteError("refused", "the oracle declined")
+            raise _NoRewriteError("unparsed", "no complete rewrite was found in the reply", Rewrite(text))
+        return rewrite
+
+    async def _stages(self, pair: Pair, calls: list[Call]) -> Rewrite:
+        critique = await self._critique(pair, calls)
+        if says_already_good(critique):
+            return Rewrite(critique, unchanged=True)
+        if self.phase == "response":
+            response = await self._stage("response", pair, calls, critique=critique)
+            return Rewrite(critique, response=undress(response))
+        instruction = undress(await self._stage("instruction", pair, calls, critique=critique))
+        response = await self._stage("response", pair, calls, critique=critique, new_instruction=instruction)
+        return Rewrite(critique, instruction, "", undress(response))
+
+    async def _critique(self, pair: Pair, calls: list[Call]) -> str:
+        """The first stage. It is advice for the next ones, so a critique that was cut short still serves."""
+        short = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, _CRITIQUE_TOKENS))
+        try:
+            return await self._stage("critique", pair, calls, sampling=short)
+        except _NoRewriteError as error:
+            if error.status != "truncated" or not calls[-1].text.strip():
+                raise
+            return calls[-1].text.strip()
+
+    async def _stage(
+        self, part: str, pair: Pair, calls: list[Call], sampling: Sampling | None = None, **values: str
+    ) -> str:
+        text = await self._call(part, pair, calls, values, sampling=sampling)
+        if is_refusal(text):
+            raise _NoRewriteError("refused", f"the oracle declined ({part})")
+        return text
+
+    async def _call(
+        self,
+        part: str,
+        pair: Pair,
+        calls: list[Call],
+        values: Mapping[str, str],
+        *,
+        schema: dict[str, Any] | None = None,
+        sampling: Sampling | None = None,
+    ) -> str:
+        sampling = sampling or self.sampling
+        request = Request(self.prompts.messages(self.phase, part, pair, values), sampling, schema)
+        reply = await self.ask(request)
+        calls.append(Call(part, reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens))
+        if reply.finish_reason == "content_filter":
+            raise _NoRewriteError("refused", "the server's content filter stopped the reply")
+        if reply.finish_reason == "length":
+            raise _NoRewriteError("truncated", f"the reply reached its limit of {sampling.max_tokens} tokens")
+        if not reply.text.strip():
+            raise _NoRewriteError("empty", "the oracle replied with nothing")
+        return reply.text.strip()
+
+    def _judge(self, pair: Pair, rewrite: Rewrite, calls: list[Call]) -> Reflection:
+        if rewrite.unchanged:
+            return self._give("unchanged", "the oracle finds the pair good as it is", rewrite, calls)
+        if not rewrite.response or (self.phase == "instruction" and not rewrite.instruction):
+            return self._give("empty", "the rewrite is blank", Rewrite(rewrite.critique), calls)
+        if is_refusal(rewrite.response) and not is_refusal(pair.response):
+            return self._give("refused", "the new response declines", Rewrite(rewrite.critique), calls)
+        if proposed(pair, rewrite.instruction, rewrite.input, rewrite.response) == pair:
+            return self._give("unchanged", "the rewrite is the original, word for word", rewrite, calls)
+        return self._give("ok", None, rewrite, calls)
+
+    def _give(
+        self, status: Status, reason: str | None, rewrite: Rewrite | None = None, calls: list[Call] | None = None
+    ) -> Reflection:
+        rewrite = rewrite or Rewrite()
+        ok = status == "ok"
+        return Reflection(
+            status=status,
+            reason=reason,
+            oracle=self.name,
+            prompts=self.prompts.id,
+            critique=rewrite.critique,
+            instruction=rewrite.instruction if ok else None,
+            input=rewrite.input if ok and rewrite.instruction is not None else None,
+            response=rewrite.response if ok else None,
+            calls=tuple(calls or ()),
+        )
+
+
+def proposed(pair: Pair, instruction: str | None, input: str | None, response: str | None) -> Pair:
+    """The pair that a reflection proposes: a new instruction with its response, or a new response alone."""
+    if instruction is None:
+        return pair.replace(response=response)
+    return pair.replace(instruction=instruction, input=input or "", response=response)
+
+
+async def reflect_all(reflector: Reflector, pairs: list[Pair | str], done: Callable[[int], None]) -> list[Reflection]:
+    """Reflections on many pairs at once, in order; a string in place of a pair says why its row holds none.
+
+    Raises:
+        OracleError: asking on is useless; calls still in flight are cancelled.
+    """
+
+    async def one(pair: Pair | str) -> Reflection:
+        reflection = Reflection("skipped", pair) if isinstance(pair, str) else await reflector.reflect(pair)
+        done(1)
+        return reflection
+
+    tasks = [asyncio.ensure_future(one(pair)) for pair in pairs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+class _NoRewriteError(Exception):
+    def __init__(self, status: Status, reason: str, rewrite: Rewrite | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.rewrite = status, reason, rewrite

@@ -1,0 +1,399 @@
+"""The callables for `Dataset.map` and `Dataset.filter`: what `recycle` chains, and what you can chain by hand.
+
+    ds = ds.map(ReflectInstruction(oracle), batched=True)
+    ds = ds.map(ScoreIFD(student), batched=True)
+    ds = ds.map(SelectInstruction(), batched=True)
+    ds = ds.map(ReflectResponse(oracle), batched=True)
+    ds = ds.map(ScoreReversedIFD(student), batched=True)
+    ds = ds.map(SelectResponse(), batched=True)
+    ds = ds.map(ScoreIFD(student), batched=True)
+    ds = ds.filter(KeepRecycled("reflected"), batched=True)
+
+They are plain synchronous callables over batches, so they work in scripts, in notebooks, with `num_proc` and on an
+`IterableDataset`. What `datasets` hashes to find a cached result is their identity (models, prompts, parameters),
+never a connection, a counter or a key.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from weakref import WeakValueDictionary
+
+from hf_reflect import background
+from hf_reflect.columns import rows_of, updated
+from hf_reflect.journal import Journal, open_journal
+from hf_reflect.oracles import Oracle, Sampling, load_oracle
+from hf_reflect.oracles.base import canonical
+from hf_reflect.oracles.journaled import JournaledOracle
+from hf_reflect.pairs import Pair, RowFormat, UnreadableRowError, recognise
+from hf_reflect.prompts import Phase, Prompts
+from hf_reflect.reflection import Reflector, proposed, reflect_all
+from hf_reflect.selection import Candidate, Decision, Keep, Method, accept, choose, keep
+from hf_reflect.student import Score, Student, load_student
+
+
+Row = dict[str, Any]
+
+
+class Transform(ABC):
+    """Base of all transforms: pickled and hashed by its identity.
+
+    A process that unpickles one finds the living object it was made from (inherited by `fork`), with its connections
+    and settings; where there is none (`spawn`), it is made again from its arguments.
+    """
+
+    _living: ClassVar["WeakValueDictionary[str, Transform]"] = WeakValueDictionary()
+
+    done: Callable[[int], None]
+    """Called with a number of rows whenever that many are done."""
+
+    def __init__(self, arguments: dict[str, Any] | None) -> None:
+        self._arguments = arguments
+        self.done = _nothing
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that decides what this transform does, as JSON-able values."""
+
+    @abstractmethod
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """What `map` or `filter` calls with a batch of rows."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        identity = canonical(self.identity)
+        self._living[identity] = self
+        return {"identity": identity, "arguments": self._arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        living = self._living.get(state["identity"])
+        if living is not None:
+            self.__dict__.update(living.__dict__)
+        elif state["arguments"] is not None:
+            self.__init__(**state["arguments"])  # type: ignore[misc]
+        else:
+            raise TypeError(
+                f"{type(self).__name__} was made from an object, which a process that is not forked can't inherit: "
+                "make it from a spec (a string) instead"
+            )
+
+
+class _Reflect(Transform):
+    phase: ClassVar[Phase]
+
+    def __init__(
+        self,
+        oracle: "str | Oracle | JournaledOracle" = "local",
+        *,
+        prompts: str | Path | Prompts | None = None,
+        sampling: Sampling | None = None,
+        journal: Journal | str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(oracle, JournaledOracle):
+            self.oracle = oracle
+        else:
+            self.oracle = JournaledOracle(load_oracle(oracle, **options), _journal(journal))
+        asked = self.oracle.oracle
+        self.prompts = Prompts.load(prompts or asked.prompts)
+        self.sampling = sampling or Sampling(max_tokens=asked.max_tokens)
+        options.pop("api_key", None)
+        again = {"oracle": oracle, "prompts": self.prompts, "sampling": self.sampling, **options}
+        super().__init__(again if isinstance(oracle, str) else None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "transform": type(self).__name__,
+            "oracle": dict(self.oracle.oracle.identity),
+            "prompts": self.prompts.to_dict(),
+            "sampling": self.sampling.to_dict(),
+        }
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        row_format = recognise(batch.keys())
+        pairs = [_read_or_why(row_format, row) for row in rows_of(batch, row_format.columns)]
+        name = self.oracle.oracle.name
+        reflector = Reflector(self.oracle.ask, name, self.prompts, self.sampling, self.phase)
+        reflections = background.run(reflect_all(reflector, pairs, self.done))
+        column = [[{**reflection.to_dict(), "ifd": None, "rifd": None}] for reflection in reflections]
+        return updated(batch, {f"{self.phase}_reflections": column})
+
+
+class ReflectInstruction(_Reflect):
+    """Phase 1: the oracle reflects on the instruction and proposes a new one with its response.
+
+    Adds the column `instruction_reflections`; the row itself is not changed.
+
+    Args:
+        oracle: A spec (`local`, `local:PATH.gguf`, `http://HOST/v1`) or an oracle.
+        prompts: A style (`paper`, `json`, `staged`), a YAML file, or `Prompts`; by default what suits the oracle.
+        sampling: How to sample; by default greedily, at most as many tokens as suit the oracle.
+        journal: Where replies are kept; by default under `HF_HOME`.
+        **options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`.
+
+    Raises:
+        OracleError: the oracle can't be asked, now or while mapping.
+    """
+
+    phase = "instruction"
+
+
+class ReflectResponse(_Reflect):
+    """Phase 2: the oracle reflects on the response and proposes a better one to the same instruction.
+
+    Adds the column `response_reflections`; the row itself is not changed.
+
+    Args:
+        oracle: As for `ReflectInstruction`.
+        prompts: As for `ReflectInstruction`.
+        sampling: As for `ReflectInstruction`.
+        journal: As for `ReflectInstruction`.
+        **options: As for `ReflectInstruction`.
+
+    Raises:
+        OracleError: the oracle can't be asked, now or while mapping.
+    """
+
+    phase = "response"
+
+
+class _Score(Transform):
+    measure: ClassVar[str]
+
+    def __init__(self, student: "str | Student" = "local", *, journal: Journal | str | Path | None = None) -> None:
+        self.student, self.journal = load_student(student), _journal(journal)
+        super().__init__({"student": student} if isinstance(student, str) else None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"transform": type(self).__name__, "student": self.student.identity}
+
+    @abstractmethod
+    def score(self, pairs: list[Pair]) -> list[Score]:
+        """The scores of pairs, in order."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        row_format = recognise(batch.keys())
+        rows = rows_of(batch, row_format.columns)
+        jobs: list[tuple[Row | None, int, Pair]] = []  # (reflection, or null for the row itself; row; pair)
+        updates: dict[str, list[Any]] = {}
+        for i, row in enumerate(rows):
+            pair = _read_or_why(row_format, row)
+            if isinstance(pair, str):
+                continue
+            jobs.append((None, i, pair))
+            for column, reflections in _waiting(row).items():
+                copies = [dict(reflection) for reflection in reflections]
+                updates.setdefault(column, [r.get(column) for r in rows])[i] = copies
+                jobs.extend((copy, i, _proposed(pair, copy)) for copy in copies if copy["status"] == "ok")
+        scores: list[Row | None] = [None] * len(rows)
+        for (reflection, i, _), score in zip(jobs, self.score([pair for *_, pair in jobs]), strict=True):
+            if reflection is None:
+                scores[i] = asdict(score)
+            else:
+                reflection[self.measure] = asdict(score)
+        self.done(len(rows))
+        values = [score and score["value"] for score in scores]
+        return updated(batch, {self.measure: values, f"{self.measure}_score": scores, **updates})
+
+
+class ScoreIFD(_Score):
+    """IFD(y|x) = ppl(y|x) / ppl(y): how much the instruction helps the student towards the response.
+
+    Adds `ifd` (null where it can't be computed) and `ifd_score`, with the losses and token counts of both passes, and
+    puts scores into the reflections that wait for a decision. Source: arXiv 2402.10110, equation 3.
+
+    Args:
+        student: A spec (`local`, a Hub id, a folder, a `.gguf` file) or a student.
+        journal: Where losses are kept; by default under `HF_HOME`.
+
+    Raises:
+        StudentError: the student can't be loaded.
+    """
+
+    measure = "ifd"
+
+    def score(self, pairs: list[Pair]) -> list[Score]:
+        return self.student.ifd(pairs, self.journal)
+
+
+class ScoreReversedIFD(_Score):
+    """r-IFD(x|y) = ppl(x|q(y)) / ppl(x): how much the response helps the student to guess the instruction.
+
+    Adds `rifd` (null where it can't be computed) and `rifd_score`, with the losses and token counts of both passes,
+    and puts scores into the reflections that wait for a decision. Source: arXiv 2402.10110, equation 8.
+
+    Args:
+        student: As for `ScoreIFD`.
+        journal: As for `ScoreIFD`.
+
+    Raises:
+        StudentError: the student can't be loaded.
+    """
+
+    measure = "rifd"
+
+    def score(self, pairs: list[Pair]) -> list[Score]:
+        return self.student.reversed_ifd(pairs, self.journal)
+
+
+class _Select(Transform):
+    phase: ClassVar[Phase]
+    measure: ClassVar[Literal["ifd", "rifd"]]
+
+    def __init__(self, method: Method = "selective", *, gate_first: bool = False) -> None:
+        self.method, self.gate_first = method, gate_first
+        super().__init__({"method": method, "gate_first": gate_first})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"transform": type(self).__name__, "method": self.method, "gate_first": self.gate_first}
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        row_format = recognise(batch.keys())
+        self._check(batch)
+        written = [name for name in row_format.text_columns if name in batch.keys()]  # noqa: SIM118
+        own = ["original", f"{self.phase}_decision", "recycled", "ifd", "ifd_score", "rifd", "rifd_score"]
+        selected = [self._select(row_format, row) for row in rows_of(batch, row_format.columns)]
+        self.done(len(selected))
+        return updated(batch, {name: [row.get(name) for row in selected] for name in (*written, *own)})
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        needed = {f"{self.phase}_reflections": f"Reflect{self.phase.capitalize()}"}
+        if self.method == "selective":
+            needed[self.measure] = "ScoreIFD" if self.measure == "ifd" else "ScoreReversedIFD"
+        for column, transform in needed.items():
+            if column not in batch.keys():  # noqa: SIM118 (a lazy batch is no dict)
+                raise ValueError(f"{type(self).__name__} needs the column {column!r}: map {transform} first")
+
+    def _select(self, row_format: RowFormat, row: Row) -> Row:
+        reflections = row[f"{self.phase}_reflections"]
+        decision = self._decide(row, reflections)
+        chosen: Row = {**row, "original": _original(row_format, row)}
+        changed = set() if row.get("recycled") in (None, "original") else {row["recycled"]}
+        if decision.candidate is not None:
+            reflection = reflections[decision.candidate]
+            pair = _proposed(row_format.read(row), reflection)
+            chosen |= row_format.write(row, pair)
+            for measure in ("ifd", "rifd"):
+                score = reflection[measure]
+                chosen |= {measure: score and score["value"], f"{measure}_score": score}
+            changed.add(self.phase)
+        chosen["recycled"] = "both" if len(changed) > 1 else next(iter(changed), "original")
+        chosen[f"{self.phase}_decision"] = {**asdict(decision), "kept": decision.kept}
+        return chosen
+
+    def _decide(self, row: Row, reflections: list[Row]) -> Decision:
+        candidates = [
+            Candidate(r["status"] == "ok", (r[self.measure] or {}).get("value"), (r["ifd"] or {}).get("value"))
+            for r in reflections
+        ]
+        if self.method == "reflect":
+            return accept(candidates)
+        return choose(
+            self.measure,
+            row[self.measure],
+            candidates,
+            current_ifd=row.get("ifd"),
+            gate_first=self.gate_first,
+        )
+
+
+class SelectInstruction(_Select):
+    """Phase 1: keeps the pair with the higher IFD. A tie keeps what was there; a null score never wins.
+
+    Writes the winner into the row and adds `instruction_decision`, `original` and `recycled`. Needs the columns of
+    `ReflectInstruction` and, for the selective method, of `ScoreIFD`. Source: arXiv 2402.10110, equation 6.
+
+    Args:
+        method: `selective` (the student's scores decide) or `reflect` (every rewrite is kept).
+        gate_first: A rewrite with an IFD of 1 or more never displaces a pair below it.
+    """
+
+    phase, measure = "instruction", "ifd"
+
+
+class SelectResponse(_Select):
+    """Phase 2: keeps the response with the lower r-IFD. A tie keeps what was there; a null score never wins.
+
+    Writes the winner into the row and adds `response_decision`, `original` and `recycled`. Where a rewrite was kept,
+    the row's `ifd` is that of the new response if `ScoreIFD` has seen it, else null. Needs the columns of
+    `ReflectResponse` and, for the selective method, of `ScoreReversedIFD`. Source: arXiv 2402.10110, equation 9.
+
+    Args:
+        method: As for `SelectInstruction`.
+        gate_first: As for `SelectInstruction`; the rewrites must then have been seen by `ScoreIFD` as well.
+    """
+
+    phase, measure = "response", "rifd"
+
+
+class KeepRecycled(Transform):
+    """For `filter`: which rows belong to the recycled dataset.
+
+    Args:
+        policy: `all`; `reflected`, rows with a reflected response (the papers); `below-one`, of those the ones with
+            IFD < 1 and r-IFD < 1 (the papers' code).
+    """
+
+    def __init__(self, policy: Keep = "all") -> None:
+        super().__init__({"policy": policy})
+        self.policy = policy
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"transform": type(self).__name__, "policy": self.policy}
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        if isinstance(batch["recycled"], str):  # a single row
+            return self._keep(batch)
+        return [self._keep(row) for row in rows_of(batch, ())]
+
+    def _keep(self, row: Mapping[str, Any]) -> bool:
+        return keep(self.policy, row["recycled"], row.get("ifd"), row.get("rifd"))
+
+
+def _waiting(row: Row) -> dict[str, list[Row]]:
+    """The reflections of a row that no decision has been made on, by column."""
+    return {
+        f"{phase}_reflections": row[f"{phase}_reflections"]
+        for phase in ("instruction", "response")
+        if row.get(f"{phase}_reflections") and not row.get(f"{phase}_decision")
+    }
+
+
+def _original(row_format: RowFormat, row: Row) -> Row | None:
+    """The pair as the source has it, with the scores it has so far."""
+    known: Row | None = row.get("original")
+    untouched = row.get("recycled") in (None, "original")
+    if known is None:
+        try:
+            pair = row_format.read(row)
+        except UnreadableRowError:
+            return None
+        known = asdict(pair)
+    if untouched:
+        known = {**known, "ifd": row.get("ifd_score"), "rifd": row.get("rifd_score")}
+    return {"ifd": None, "rifd": None, **known}
+
+
+def _proposed(pair: Pair, reflection: Row) -> Pair:
+    return proposed(pair, reflection["instruction"], reflection["input"], reflection["response"])
+
+
+def _read_or_why(row_format: RowFormat, row: Row) -> Pair | str:
+    try:
+        return row_format.read(row)
+    except UnreadableRowError as error:
+        return str(error)
+
+
+def _journal(journal: Journal | str | Path | None) -> Journal:
+    return journal if isinstance(journal, Journal) else open_journal(journal)
+
+
+def _nothing(_: int) -> None:
+    """Where nobody watches the progress."""
