@@ -65,7 +65,7 @@ class Student:
             **self.model.identity,
             "template": self.template.name,
             "boundary": "aligned",
-            "dtype": "float32",
+            "dtype": self.model.dtype,
             "max_length": self._max_length or self.model.max_length,
         }
 
@@ -87,11 +87,11 @@ class Student:
 
     def _losses(self, sequences: Sequence[Tokens], journal: Journal) -> dict[Tokens, float]:
         """The loss of each distinct sequence: from the journal where it is there, else computed and recorded."""
-        prefix = f"{self.model.identity}\0float32\0".encode()
+        prefix = f"{self.model.identity}\0{self.model.dtype}\0".encode()
         keys = {tokens: _key(prefix, tokens) for tokens in sequences}
         known = journal.get("loss", keys.values())
         missing = [tokens for tokens, key in keys.items() if key not in known]
-        computed = dict(zip(missing, self.model.losses(missing), strict=True)) if missing else {}
+        computed = self.model.losses(missing) if missing else {}
         journal.put("loss", {keys[tokens]: loss for tokens, loss in computed.items()})
         return {tokens: computed[tokens] if tokens in computed else known[key] for tokens, key in keys.items()}
 

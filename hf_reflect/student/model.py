@@ -2,18 +2,24 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_reflect.embedded import content_hash, embedded_model
 from hf_reflect.errors import StudentError
+from hf_reflect.student.batching import batches
 from hf_reflect.student.encoding import Tokens, prepended_bos
 
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model")
+_CPU_BUDGET = 2048
+"""Tokens of a batch on a CPU: enough to keep the cores busy; more only costs memory."""
 
 
 class CausalLM:
@@ -21,13 +27,15 @@ class CausalLM:
 
     Args:
         spec: `local` (the embedded model), a `.gguf` file, a folder, or a Hub id.
+        dtype: What to compute in; `auto` is bfloat16 where the hardware multiplies it natively, else float32.
+        device: Such as `cuda:1`; by default the first GPU, else the CPU.
 
     Raises:
         StudentError: the spec names no model.
     """
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
+    def __init__(self, spec: str, dtype: Dtype = "auto", device: str | None = None) -> None:
+        self.spec, self._dtype, self._device = spec, dtype, device
         path = embedded_model() if spec == "local" else Path(spec).expanduser()
         self.gguf = path if path.suffix == ".gguf" else None
         self.folder = None if self.gguf else (path if path.is_dir() else None)
@@ -39,7 +47,8 @@ class CausalLM:
             )
         self.name = spec if not (self.gguf or self.folder) else path.name
         self._lock = threading.RLock()
-        self._loaded: tuple[int, Any] | None = None
+        self._head: tuple[int, Any] | None = None
+        self._budget: int | None = None
         self._tokenizer: Any = None
         self._identity: dict[str, Any] | None = None
 
@@ -87,37 +96,71 @@ class CausalLM:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 2048
 
-    def losses(self, sequences: Sequence[Tokens]) -> list[float]:
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        import torch
+
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in: `float32` or `bfloat16`."""
+        if self._dtype != "auto":
+            return self._dtype
+        import torch
+
+        cpu = self.device == "cpu"
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() if cpu else torch.cuda.is_bf16_supported(False)
+        return "bfloat16" if native else "float32"
+
+    def losses(self, sequences: Sequence[Tokens]) -> dict[Tokens, float]:
         """Mean negative log-likelihood of the scored tokens of each sequence, in nats per token.
 
-        Only one thread computes at a time: a second one would take the same cores.
+        Sequences of like length run together under a budget of tokens. Running out of memory halves the budget and
+        goes on. Only one thread computes at a time: a second one would take the same cores.
+
+        Raises:
+            StudentError: a single sequence does not fit in memory.
         """
         import torch
 
+        result: dict[Tokens, float] = {}
         with self._lock, torch.inference_mode():
-            model = self._model()
-            result = []
-            for tokens in sequences:
-                ids = torch.tensor([tokens.ids], device=model.device)
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=tokens.scored + 1).logits
-                loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, tokens.first :])
-                result.append(loss.item())
+            head = self._loaded()
+            self._budget = self._budget or _token_budget(head)
+            todo = deque(batches(sequences, self._budget))
+            while todo:
+                batch = todo.popleft()
+                try:
+                    result.update(zip(batch, _losses(head, batch), strict=True))
+                except torch.OutOfMemoryError as error:
+                    if len(batch) == 1:
+                        raise StudentError(
+                            f"student {self.spec}: a sequence of {len(batch[0].ids)} tokens does not fit in the memory "
+                            "of the GPU; set --max-length."
+                        ) from error
+                    torch.cuda.empty_cache()
+                    self._budget = max(1, self._budget // 2)
+                    rest = [*batch, *(tokens for others in todo for tokens in others)]
+                    todo = deque(batches(rest, self._budget))
         return result
 
-    def _model(self) -> Any:
-        if self._loaded is None or self._loaded[0] != os.getpid():
-            import torch
+    def _loaded(self) -> Any:
+        import torch
+
+        if self._head is not None and self._head[0] != os.getpid():
+            # Forked: OpenMP's threads did not come along, and waiting for them would last for ever.
+            torch.set_num_threads(1)
+            self._head = (os.getpid(), self._head[1])
+        if self._head is None:
             from transformers import AutoModelForCausalLM
 
-            if self._loaded is not None:
-                # Forked: OpenMP's threads did not come along, and waiting for them would last for ever.
-                torch.set_num_threads(1)
-                self._loaded = (os.getpid(), self._loaded[1])
-            else:
-                model = self._load(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                self._loaded = (os.getpid(), model.to(device).eval())
-        return self._loaded[1]
+            from hf_reflect.student.head import Head
+
+            model = self._load(AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype))
+            self._head = (os.getpid(), Head(model.to(self.device).eval()))
+        return self._head[1]
 
     def _load(self, from_pretrained: Callable[..., Any], **options: Any) -> Any:
         where = str(self.gguf.parent if self.gguf else self.folder or self.spec)
@@ -135,6 +178,34 @@ class CausalLM:
         from transformers import AutoConfig
 
         return str(getattr(self._load(AutoConfig.from_pretrained), "_commit_hash", None) or "unknown")
+
+
+def _losses(head: Any, batch: list[Tokens]) -> list[float]:
+    """Runs one batch: padded at the right, where a causal model doesn't look, so no mask is needed."""
+    import torch
+
+    longest = max(len(tokens.ids) for tokens in batch)
+    ids = torch.tensor([(*tokens.ids, *([0] * (longest - len(tokens.ids)))) for tokens in batch])
+    counts = torch.tensor([tokens.scored for tokens in batch])
+    rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
+    columns = torch.cat([torch.arange(tokens.first, len(tokens.ids)) for tokens in batch])
+    device = head.model.device
+    losses = head.losses(ids.to(device), rows.to(device), columns.to(device)).double().cpu()
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, losses)
+    return [float(mean) for mean in sums / counts]
+
+
+def _token_budget(head: Any) -> int:
+    """Tokens of a batch: on a GPU what its free memory holds, by a deliberately high estimate per token."""
+    import torch
+
+    if head.model.device.type == "cpu":
+        return _CPU_BUDGET
+    config = head.model.config.get_text_config()
+    width = config.hidden_size * 8 + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    free, _ = torch.cuda.mem_get_info(head.model.device)
+    reserved = 8 * (1 << 27)  # the chunk of logits, in bf16 and float32
+    return max(2048, min(1 << 17, int((0.8 * free - reserved) / (4 * width))))
 
 
 def _is_repo_id(spec: str) -> bool:
