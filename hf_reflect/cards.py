@@ -3,6 +3,7 @@
 Text that comes from data or from a model is escaped where it is inserted.
 """
 
+import json
 import re
 from importlib.resources import files
 from typing import Any
@@ -34,7 +35,7 @@ def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str,
     return template.render(
         metadata=yaml.safe_dump(_metadata(splits, summary.rows), sort_keys=False).strip(),
         title=cell(title),
-        location=location.replace('"', '\\"'),
+        location=json.dumps(location, ensure_ascii=False),
         source=recipe.source["path"],
         method=recipe.method,
         keep=recipe.keep,

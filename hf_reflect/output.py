@@ -1,5 +1,6 @@
 """The folder a run writes. It appears whole or not at all."""
 
+import glob
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> None:
-        self.path = Path(os.path.abspath(Path(path).expanduser()))
+        self.path = Path(path).expanduser().resolve()
         self.recipe = recipe
         self._staging = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         self._writers: dict[tuple[str, str], Any] = {}
@@ -80,7 +81,7 @@ class OutputFolder:
                 old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
                 self.path.rename(old)
                 self._staging.rename(self.path)
-                shutil.rmtree(old)
+                self._retire(old)
             else:
                 self._staging.rename(self.path)
             _sync(self.path.parent)
@@ -108,14 +109,23 @@ class OutputFolder:
 
     def _clear_leftovers(self) -> None:
         """Removes what killed runs left behind; puts back a folder that one had moved aside."""
-        for left in self.path.parent.glob(f".{self.path.name}.*-*"):
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*-*"):
             kind, _, pid = left.name.removeprefix(f".{self.path.name}.").partition("-")
             if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
                 continue
             if kind == "old" and not self.path.exists():
                 left.rename(self.path)
+            elif kind == "old":
+                self._retire(left)
             else:
                 shutil.rmtree(left)
+
+    def _retire(self, old: Path) -> None:
+        """Removes the former folder; what the user put into it (a .git, say) moves to the new one."""
+        for entry in old.iterdir():
+            if not (self.path / entry.name).exists():
+                entry.rename(self.path / entry.name)
+        shutil.rmtree(old)
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(

@@ -119,6 +119,8 @@ class Conversation(RowFormat):
         turns = [self._turn(message, i) for i, message in enumerate(messages)]
         if not turns:
             raise UnreadableRowError(f"{self.column} is empty")
+        if messages[-1].get("tool_calls"):
+            raise UnreadableRowError("the last reply calls a tool")
         if turns[-1].role not in self.assistant:
             raise UnreadableRowError(f"the conversation ends with a turn of {turns[-1].role!r}, not with a reply")
         if len(turns) < 2 or turns[-2].role not in self.user:

@@ -90,5 +90,8 @@ class Recipe:
         missing = [name for name in _REQUIRED if name not in data]
         if missing:
             raise RecipeError(f"recipe {file}: lacks {', '.join(missing)}")
+        for name in ("source", "prompts", "oracle", "student"):
+            if not isinstance(data.get(name), Mapping) and not (name == "student" and data.get(name) is None):
+                raise RecipeError(f"recipe {file}: {name} is not a mapping")
         rest = {name: data[name] for name in _REQUIRED}
         return cls(**rest, student=data.get("student"), version=str(data.get("hf_reflect")))

@@ -135,6 +135,8 @@ def recycle(
         raise RecipeError("method selective needs a student; without one only --method reflect is possible.")
     if keep == "below-one" and not scored:
         raise RecipeError("keep below-one needs scores, so it needs a student.")
+    if limit is not None and limit < 1:
+        raise RecipeError(f"limit must be at least 1, not {limit}.")
     source = load_source(dataset, name=name, split=split, limit=limit)
     splits = {key: rows for key, rows in source.splits.items() if len(rows)}
     if not splits:

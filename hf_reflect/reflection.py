@@ -133,6 +133,8 @@ class Reflector:
             response = await self._stage("response", pair, calls, critique=critique)
             return Rewrite(critique, response=undress(response))
         instruction = undress(await self._stage("instruction", pair, calls, critique=critique))
+        if not instruction:
+            raise _NoRewriteError("empty", "the new instruction is blank", Rewrite(critique))
         response = await self._stage("response", pair, calls, critique=critique, new_instruction=instruction)
         return Rewrite(critique, instruction, "", undress(response))
 
@@ -183,7 +185,7 @@ class Reflector:
             return self._give("empty", "the rewrite is blank", Rewrite(rewrite.critique), calls)
         if is_refusal(rewrite.response) and not is_refusal(pair.response):
             return self._give("refused", "the new response declines", Rewrite(rewrite.critique), calls)
-        if proposed(pair, rewrite.instruction, rewrite.input, rewrite.response) == pair:
+        if _stripped(proposed(pair, rewrite.instruction, rewrite.input, rewrite.response)) == _stripped(pair):
             return self._give("unchanged", "the rewrite is the original, word for word", rewrite, calls)
         return self._give("ok", None, rewrite, calls)
 
@@ -210,6 +212,10 @@ def proposed(pair: Pair, instruction: str | None, input: str | None, response: s
     if instruction is None:
         return pair.replace(response=response)
     return pair.replace(instruction=instruction, input=input or "", response=response)
+
+
+def _stripped(pair: Pair) -> Pair:
+    return pair.replace(instruction=pair.instruction.strip(), input=pair.input.strip(), response=pair.response.strip())
 
 
 async def reflect_all(reflector: Reflector, pairs: list[Pair | str], done: Callable[[int], None]) -> list[Reflection]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +20,22 @@ class Rewrite:
     unchanged: bool = False
 
 
-# A marker stands at the start of a line, perhaps dressed in markdown or numbered: `2. **[New Response]**:`
-_DRESS = r"[ \t>*_#`\-\d.():]*"
 _NAMES = r"New[ ]Instruction|New[ ]Input|New[ ]Response|Unchanged|End"
-_MARKER = re.compile(rf"^{_DRESS}\[[ \t]*({_NAMES})[ \t]*\][*_`: \t]*", re.IGNORECASE | re.MULTILINE)
-# [End] also closes a block on its last line of text.
-_ANYWHERE = re.compile(rf"[*_`]*\[[ \t]*({_NAMES})[ \t]*\][*_`: \t]*", re.IGNORECASE)
+# A marker stands at the start of a line, perhaps dressed in markdown or numbered: `2. **[New Response]**:`
+_MARKER = re.compile(rf"^[ \t>*_#`\-\d.():]*\[[ \t]*({_NAMES})[ \t]*\][*_`:]*[ \t]*", re.IGNORECASE | re.MULTILINE)
+_INLINE = re.compile(rf"[*_`]*\[[ \t]*({_NAMES})[ \t]*\][*_`:]*[ \t]*", re.IGNORECASE)
+_END_OF_LINE = re.compile(r"\[[ \t]*End[ \t]*\][*_` \t]*$", re.IGNORECASE | re.MULTILINE)
 
+_CANNOT = r"i(?:['’]m| am)? ?(?:can(?:['’]t|not)|(?:am )?(?:unable|not able) to|won['’]t|must decline)"
 _REFUSAL = re.compile(
-    r"^\W*(?:i(?:['’]m| am) (?:very |really |so )?sorry\b.{0,40}?\b(?:can(?:['’]t|not| not)|unable|not able)"
-    r"|sorry,? (?:but )?i (?:can(?:['’]t|not)|am (?:unable|not able))"
-    r"|i (?:can(?:['’]t|not)|am (?:unable|not able) to|must decline to|won['’]t) "
-    r"(?:assist|help|comply|fulfil+|provide|answer|do that|create|write|rewrite|review)"
-    r"|as an ai (?:language )?model,? i (?:can(?:['’]t|not)|am (?:unable|not able)))",
-    re.IGNORECASE | re.DOTALL,
+    rf"^\W*(?:(?:i(?:['’]m| am) (?:very |really |so )?)?sorry,?(?: but)? {_CANNOT}"
+    r"|i (?:can(?:['’]t|not)|(?:am )?(?:unable|not able) to|must decline to|won['’]t) "
+    r"(?:assist|help(?! but)|comply|fulfil+|provide|answer|do that|create|write|rewrite|review)"
+    rf"|as an ai(?: language)?(?: model)?,? {_CANNOT})",
+    re.IGNORECASE,
 )
 
-_ALREADY_GOOD = re.compile(r"^\W*already\s+good\b", re.IGNORECASE)
+_ALREADY_GOOD = re.compile(r"\W*already\s+good\W*", re.IGNORECASE)
 
 
 def is_refusal(text: str) -> bool:
@@ -45,81 +45,92 @@ def is_refusal(text: str) -> bool:
 
 def says_already_good(text: str) -> bool:
     """Whether a staged critique is the agreed phrase for a pair that needs no change."""
-    return _ALREADY_GOOD.match(text) is not None
+    return _ALREADY_GOOD.fullmatch(text) is not None
 
 
 def parse_markers(text: str, phase: Phase) -> Rewrite | None:
     """Reads the `paper` layout, leniently; null if no complete rewrite is found.
 
-    A missing end marker, markdown around markers and repeated markers are forgiven. What is never done is to pair a
-    new instruction with a response that was not written for it: a new instruction counts only when a new response
-    follows it.
+    A missing end marker, markdown around markers and repeated markers are forgiven. Markers inside a line count only
+    if no line begins with one, and only where an end marker closes them: prose may well speak of a marker. What is
+    never done is to pair an instruction with a response that was not written for it.
     """
-    return _read_blocks(text, phase, _MARKER) or _read_blocks(text, phase, _ANYWHERE)
+    text = text.replace("\r\n", "\n")
+    return _assemble(list(_blocks(text, _MARKER)), phase) or _assemble(list(_closed(_blocks(text, _INLINE))), phase)
 
 
-def _read_blocks(text: str, phase: Phase, marker: re.Pattern[str]) -> Rewrite | None:
-    marks = list(marker.finditer(text))
-    if not marks:
-        return None
-    critique = text[: marks[0].start()].strip() or None
-    found: Rewrite | None = None
+_Block = tuple[str, str, str | None]
+"""A marker's name, the text up to the next marker, and that one's name. The first block is what precedes them all."""
+
+
+def _blocks(text: str, marker: re.Pattern[str]) -> Iterator[_Block]:
+    name, start = "critique", 0
+    for mark in marker.finditer(text):
+        following = mark[1].lower().replace(" ", "_")
+        yield name, text[start : mark.start()], following
+        name, start = following, mark.end()
+    yield name, text[start:], None
+
+
+def _closed(blocks: Iterator[_Block]) -> Iterator[_Block]:
+    for name, body, following in blocks:
+        ends_its_line = body.partition("\n")[0].strip() == ""
+        if name == "critique" or following == "end" or (name == "unchanged" and ends_its_line):
+            yield name, body, following
+
+
+def _assemble(blocks: list[_Block], phase: Phase) -> Rewrite | None:
+    critique: str | None = None
     instruction: str | None = None
-    input, closed, unchanged = "", False, False
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        name = mark[1].lower().replace(" ", "_")
-        body = text[mark.end() : following.start() if following else len(text)]
-        body = _before_inline_end(body).strip()
-        if name == "unchanged":
-            unchanged = True
+    input, found, names = "", None, {name for name, *_ in blocks}
+    if phase == "response" and "new_instruction" in names:
+        return None  # whatever it answers, it is not the instruction it was asked about
+    for name, body, _ in blocks:
+        body = _END_OF_LINE.split(body)[0].strip()
+        if name == "critique":
+            critique = body or None
         elif name == "new_instruction" and body:
-            instruction, input, closed = body, "", False
+            instruction, input = body, ""
         elif name == "new_input" and instruction:
             input = body
-        elif name == "new_response" and body:
-            if phase == "response":
-                found = Rewrite(critique, response=body)
-            elif instruction and not closed:
-                found = Rewrite(critique, instruction, input, body)
-                closed = True
-    if found is None and unchanged:
+        elif name == "new_response" and body and (instruction or phase == "response"):
+            found = Rewrite(critique, instruction, input, body)
+            instruction = None  # answered: a further response would have no instruction of its own
+    if found is None and "unchanged" in names:
         return Rewrite(critique, unchanged=True)
     return found
 
 
-def _before_inline_end(body: str) -> str:
-    end = re.search(r"\[[ \t]*End[ \t]*\][*_` \t]*$", body, re.IGNORECASE | re.MULTILINE)
-    return body[: end.start()] if end else body
-
-
 def parse_json(text: str, phase: Phase) -> Rewrite | None:
     """Reads the `json` layout; null if the reply holds no object of that shape."""
-    data = _first_object(text)
+    data = next((d for d in _objects(text) if d.get("already_good") is True or "new_response" in d), None)
     if data is None:
         return None
     critique = _string(data, "critique")
     if data.get("already_good") is True:
         return Rewrite(critique, unchanged=True)
-    response = _string(data, "new_response")
-    if response is None:
+    instruction, response = _string(data, "new_instruction"), _string(data, "new_response")
+    if response is None or (instruction is None) != (phase == "response"):
         return None
     if phase == "response":
         return Rewrite(critique, response=response)
-    instruction = _string(data, "new_instruction")
-    if instruction is None:
-        return None
+    if not isinstance(data.get("new_input", ""), str | None):
+        return None  # material that can't be read must not get lost
     return Rewrite(critique, instruction, _string(data, "new_input") or "", response)
 
 
-def _first_object(text: str) -> dict[str, Any] | None:
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Every JSON object in a text, whatever stands around it."""
     decoder = json.JSONDecoder(strict=False)
-    for start in (match.start() for match in re.finditer(r"\{", text)):
+    start = text.find("{")
+    while start >= 0:
         try:
-            value, _ = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError):
-            continue
-        return value if isinstance(value, dict) else None
-    return None
+            end = start + 1
+        else:
+            yield value
+        start = text.find("{", end)
 
 
 def _string(data: dict[str, Any], key: str) -> str | None:
@@ -128,14 +139,14 @@ def _string(data: dict[str, Any], key: str) -> str | None:
 
 
 _LABEL = re.compile(r"^\W*(?:here(?: is|['’]s) (?:a|the) )?(?:new|better|improved|rewritten|revised) "
-                    r"(?:version of the )?(?:instruction|response)\W*:\W*?\s", re.IGNORECASE)  # fmt: skip
+                    r"(?:version of the )?(?:instruction|response)\W*:\W*?(?:\s|$)", re.IGNORECASE)  # fmt: skip
 _QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
 
 
 def undress(text: str) -> str:
     """A staged reply without the label or the quotation marks that small models wrap it in."""
     text = _LABEL.sub("", text.strip(), count=1).strip()
-    if len(text) > 2 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1] and text[-1] not in text[1:-1]:
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
     return text
 

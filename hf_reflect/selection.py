@@ -4,6 +4,7 @@ Phase 1 keeps the pair with the higher IFD, phase 2 the response with the lower 
 and 9). Both are the same choice among what was there and any number of rewrites.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -79,9 +80,11 @@ def choose(
     if not any(candidate.usable for candidate in candidates):
         return Decision(None, "no_rewrite")
     gate = gate_first and current_ifd is not None and current_ifd < 1
-    best, kept, scored, gated = current, None, False, False
+    best = None if current is None or math.isnan(current) else current
+    kept: int | None = None
+    scored = gated = False
     for i, candidate in enumerate(candidates):
-        if not candidate.usable or candidate.score is None:
+        if not candidate.usable or candidate.score is None or math.isnan(candidate.score):
             continue
         scored = True
         if best is not None and sign * candidate.score <= sign * best:

@@ -98,6 +98,8 @@ def _load(source: str | Path, name: str | None) -> tuple[Any, dict[str, Any]]:
     path = Path(source).expanduser()
     try:
         if path.is_file():
+            if not path.stat().st_size:
+                raise SourceError(f"{source}: the file is empty.")
             builder = _BUILDERS.get(path.suffix.lower())
             if builder is None:
                 raise SourceError(f"{source}: not a .json, .jsonl, .parquet or .csv file.")
@@ -112,7 +114,7 @@ def _load(source: str | Path, name: str | None) -> tuple[Any, dict[str, Any]]:
             raise SourceError(f"{source}: there is no such file or folder.")
         loaded = load_dataset(str(source), name)
         return loaded, {"path": str(source), "name": name, "revision": _revision(loaded)}
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         raise SourceError(f"{source}: can't be read: {_first_line(error)}") from error
 
 
