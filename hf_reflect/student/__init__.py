@@ -5,16 +5,20 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 from hf_reflect.journal import Journal
 from hf_reflect.pairs import Pair
-from hf_reflect.student.encoding import Encoder, Passes, Tokens
-from hf_reflect.student.model import CausalLM
-from hf_reflect.student.templates import NONE, Scored, Template
+from hf_reflect.student.encoding import Boundary, Encoder, Passes, Tokens
+from hf_reflect.student.model import CausalLM, Dtype
+from hf_reflect.student.templates import ChatTemplate, Scored, Template, TextTemplate, load_template
 
 
-__all__ = ["Score", "Student", "load_student"]
+__all__ = ["Measure", "Score", "Student", "load_student", "ratio"]
+
+Measure = Literal["ppl", "loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Score:
         status: `ok`; `truncated` (the target's end was cut off in both passes; the value is null where nothing was
             left); `empty` or `too_short` (nothing to score; the value is null); `not_finite` (the model gave no
             number).
-        value: `exp(conditioned_loss - direct_loss)`, a ratio of perplexities.
+        value: The ratio of perplexities, `exp(conditioned_loss - direct_loss)`, or of losses.
         conditioned_loss: L(target | prefix), mean negative log-likelihood in nats per token.
         direct_loss: L(target).
         conditioned_tokens: Tokens that the conditioned loss is the mean of.
@@ -45,13 +49,27 @@ class Student:
 
     Args:
         model: The causal LM.
-        template: How a pair is laid out as text.
+        template: How a pair is laid out as text: `none`, `alpaca`, `vicuna`, `chat` (the model's own), or a YAML file.
+        boundary: `aligned` (both passes see the same tokens) or `reference` (as the published scripts do).
+        measure: `ppl`, a ratio of perplexities, or `loss`, a ratio of losses (2308.12032).
         max_length: The longest sequence in tokens; the model's own limit if not given.
+
+    Raises:
+        StudentError: there is no such template.
     """
 
-    def __init__(self, model: CausalLM, *, template: Template = NONE, max_length: int | None = None) -> None:
-        self.model, self.template = model, template
-        self._max_length, self._encoder = max_length, None  # type: int | None, Encoder | None
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        template: str | Path | TextTemplate = "none",
+        boundary: Boundary = "aligned",
+        measure: Measure = "ppl",
+        max_length: int | None = None,
+    ) -> None:
+        self.model, self.boundary, self.measure = model, boundary, measure
+        self._text_template = None if template == "chat" else _text_template(template)
+        self._max_length = max_length
 
     @property
     def name(self) -> str:
@@ -59,12 +77,32 @@ class Student:
         return self.model.name
 
     @property
+    def spec(self) -> str:
+        """What `load_student` finds it by."""
+        return self.model.spec
+
+    @property
+    def template(self) -> Template:
+        """The layout of what is scored."""
+        return self._text_template or self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.model.tokenizer, bos=self.model.bos is not None)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        limit = self._max_length or self.model.max_length
+        return Encoder(self.model.tokenizer, self.model.bos, limit, self.boundary)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """All that determines a score besides the pair."""
         return {
             **self.model.identity,
-            "template": self.template.name,
-            "boundary": "aligned",
+            "template": self._text_template.name if self._text_template else "chat",
+            "boundary": self.boundary,
+            "measure": self.measure,
             "dtype": self.model.dtype,
             "max_length": self._max_length or self.model.max_length,
         }
@@ -78,12 +116,9 @@ class Student:
         return self._score([self.template.reverse(pair) for pair in pairs], journal)
 
     def _score(self, texts: Sequence[Scored], journal: Journal) -> list[Score]:
-        if self._encoder is None:
-            limit = self._max_length or self.model.max_length
-            self._encoder = Encoder(self.model.tokenizer, self.model.bos, limit)
         passes = self._encoder.encode(texts)
         losses = self._losses([t for p in passes for t in (p.conditioned, p.direct) if t], journal)
-        return [_score(p, losses) for p in passes]
+        return [_score(p, losses, self.measure) for p in passes]
 
     def _losses(self, sequences: Sequence[Tokens], journal: Journal) -> dict[Tokens, float]:
         """The loss of each distinct sequence: from the journal where it is there, else computed and recorded."""
@@ -96,35 +131,57 @@ class Student:
         return {tokens: computed[tokens] if tokens in computed else known[key] for tokens, key in keys.items()}
 
 
-def load_student(spec: "str | Student", **options: Any) -> Student:
+def load_student(
+    spec: "str | Student", *, dtype: Dtype | None = None, device: str | None = None, **options: Any
+) -> Student:
     """The student that a spec names.
 
     Args:
         spec: `local` (the embedded model), a Hub id, a folder, a `.gguf` file, or a student already.
-        **options: As for `Student`.
+        dtype: `auto` (the default), `float32` or `bfloat16`.
+        device: Such as `cuda:1`; by default the first GPU, else the CPU.
+        **options: As for `Student`; what is None counts as not given.
 
     Raises:
-        StudentError: the spec names no model.
+        StudentError: the spec names no model, or the options no template.
     """
     if isinstance(spec, Student):
         return spec
-    if spec not in _MODELS:
-        _MODELS[spec] = CausalLM(spec)
-    return Student(_MODELS[spec], **{name: value for name, value in options.items() if value is not None})
+    key = (spec, dtype or "auto", device)
+    if key not in _MODELS:
+        _MODELS[key] = CausalLM(spec, dtype or "auto", device)
+    return Student(_MODELS[key], **{name: value for name, value in options.items() if value is not None})
 
 
-_MODELS: dict[str, CausalLM] = {}
+_MODELS: dict[tuple[str, str, str | None], CausalLM] = {}
 """Weights are loaded once per process, however many transforms use them."""
 
 
-def _score(passes: Passes, losses: dict[Tokens, float]) -> Score:
+def _text_template(template: str | Path | TextTemplate) -> TextTemplate:
+    return template if isinstance(template, TextTemplate) else load_template(template)
+
+
+def _score(passes: Passes, losses: dict[Tokens, float], measure: Measure) -> Score:
     if passes.conditioned is None or passes.direct is None:
         return Score(passes.status)
     conditioned, direct = losses[passes.conditioned], losses[passes.direct]
     counts = (passes.conditioned.scored, passes.direct.scored)
-    if not (math.isfinite(conditioned) and math.isfinite(direct)):
+    value = ratio(measure, conditioned, direct)
+    if value is None:
         return Score("not_finite", None, None, None, *counts)
-    return Score(passes.status, math.exp(conditioned - direct), conditioned, direct, *counts)
+    return Score(passes.status, value, conditioned, direct, *counts)
+
+
+def ratio(measure: Measure, conditioned: float, direct: float) -> float | None:
+    """A score from its two losses: of perplexities, exp(L(y|x) - L(y)), or of losses, L(y|x) / L(y).
+
+    Null where the losses give no finite number.
+    """
+    try:
+        value = math.exp(conditioned - direct) if measure == "ppl" else conditioned / direct
+    except (OverflowError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _key(prefix: bytes, tokens: Tokens) -> str:

@@ -50,7 +50,8 @@ class Head:
         chunk = max(1, (_CPU_LOGITS if ids.device.type == "cpu" else _GPU_LOGITS) // self.vocabulary)
         with self._decoder_gives(type(output)) as logits_of:
             parts = [
-                _cross_entropy(logits_of(h), t) for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+                _cross_entropy(logits_of(hidden[start : start + chunk]), targets[start : start + chunk])
+                for start in range(0, len(targets), chunk)
             ]
         return torch.cat(parts)
 
@@ -90,7 +91,9 @@ class Head:
                 parts = logits_of(hidden[0])
         # The same numbers through the same code: only the rounding of another shape of product may differ.
         rounding = 16 * torch.finfo(whole.dtype).eps
-        return bool(torch.allclose(whole.float(), parts.float(), rtol=rounding, atol=rounding * whole.abs().max().item()))
+        return bool(
+            torch.allclose(whole.float(), parts.float(), rtol=rounding, atol=rounding * whole.abs().max().item())
+        )
 
 
 class _Given(torch.nn.Module):
