@@ -5,6 +5,7 @@ Text that comes from data or from a model is escaped where it is inserted.
 
 import json
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_reflect.summary import Summary
 
 
 TEMPLATE = "dataset_card.md.jinja"
+PLAIN_TEMPLATE = "plain_card.md.jinja"
 
 
 def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str, location: str) -> str:
@@ -26,16 +28,11 @@ def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str,
         title: What the dataset is called.
         location: What `load_dataset` finds it by.
     """
-    import yaml
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters["cell"] = cell
-    template = environment.from_string((files("hf_reflect.card_templates") / TEMPLATE).read_text("utf-8"))
-    return template.render(
-        metadata=yaml.safe_dump(_metadata(splits, summary.rows), sort_keys=False).strip(),
-        title=cell(title),
-        location=json.dumps(location, ensure_ascii=False),
+    return _render(
+        TEMPLATE,
+        metadata=_yaml(_metadata(splits, summary.rows, list(FOLDERS))),
+        title=title,
+        location=location,
         source=recipe.source["path"],
         method=recipe.method,
         keep=recipe.keep,
@@ -48,6 +45,50 @@ def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str,
         recycled=sorted(summary.recycled.items()),
         means=[(quantity, *pair) for quantity, pair in means_table(summary)],
     )
+
+
+def render_plain_card(title: str, splits: list[str], rows: int, location: str, settings: Mapping[str, Any]) -> str:
+    """The README.md of a folder that was made without an oracle.
+
+    Args:
+        title: What it is.
+        splits: Names of the splits.
+        rows: How many rows it has.
+        location: What `load_dataset` finds it by.
+        settings: All that decided the result.
+    """
+    return _render(
+        PLAIN_TEMPLATE,
+        metadata=_yaml(_metadata(splits, rows, ["default"])),
+        title=title,
+        location=location,
+        settings=_yaml(settings),
+    )
+
+
+def _render(template: str, **facts: Any) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {"cell": cell, "literal": literal, "indented": indented}
+    text = (files("hf_reflect.card_templates") / template).read_text("utf-8")
+    return environment.from_string(text).render(**facts)
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)).strip()
+
+
+def literal(text: str) -> str:
+    """A text as a Python string literal on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def indented(text: str) -> str:
+    """A text as a Markdown code block, which nothing in it can close."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def cell(text: Any) -> str:
@@ -70,16 +111,16 @@ def _shown(summary: Summary, quantity: str, when: str) -> str:
     return f"{mean.value:.{digits}f} (n={mean.n})"
 
 
-def _metadata(splits: list[str], rows: int) -> dict[str, Any]:
+def _metadata(splits: list[str], rows: int, names: list[str]) -> dict[str, Any]:
     configs = [
         {
             "config_name": config,
-            "data_files": [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in splits],
+            "data_files": [{"split": split, "path": f"{FOLDERS[config]}/{split}-*.parquet"} for split in splits],
         }
-        for config, folder in FOLDERS.items()
+        for config in names
     ]
     return {
-        "tags": ["reflection-tuning", "synthetic", "hf-reflect"],
+        "tags": ["reflection-tuning", "synthetic", "hf-reflect"] if "reflections" in names else ["hf-reflect"],
         "task_categories": ["text-generation"],
         "size_categories": [_size_category(rows)],
         "configs": [

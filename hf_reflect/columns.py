@@ -62,6 +62,7 @@ TYPES: dict[str, pa.DataType] = {
     "recycled": pa.string(),
     "ifd": pa.float64(),
     "rifd": pa.float64(),
+    "ira": pa.float64(),
     "ifd_original": pa.float64(),
     "rifd_original": pa.float64(),
     "ifd_score": SCORE,

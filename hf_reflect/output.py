@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_reflect.errors import OutputError, RecipeError
-from hf_reflect.recipe import FILE, Recipe
+from hf_reflect.errors import OutputError
+from hf_reflect.recipe import FILE, Manifest, read_hash
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class OutputFolder:
         OutputError: something else is there, or it can't be written.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, *, overwrite: bool = False) -> None:
+    def __init__(self, path: str | Path, recipe: Manifest, *, overwrite: bool = False) -> None:
         self.path = Path(path).expanduser().resolve()
         self.recipe = recipe
         self._staging = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
@@ -38,8 +38,7 @@ class OutputFolder:
         try:
             self._clear_leftovers()
             self._check_destination(overwrite)
-            for folder in FOLDERS.values():
-                (self._staging / folder).mkdir(parents=True)
+            self._staging.mkdir(parents=True)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -56,6 +55,7 @@ class OutputFolder:
             writer = self._writers.get((config, split))
             if writer is None:
                 file = self._staging / FOLDERS[config] / f"{split}-00000-of-00001.parquet"
+                file.parent.mkdir(exist_ok=True)
                 writer = self._writers[config, split] = pq.ParquetWriter(file, rows.features.arrow_schema)
             writer.write_table(table.cast(writer.schema))
         except OSError as error:
@@ -95,15 +95,12 @@ class OutputFolder:
     def _check_destination(self, overwrite: bool) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
-        try:
-            there = Recipe.read(self.path) if self.path.is_dir() else None
-        except RecipeError:
-            there = None
+        there = read_hash(self.path)
         if there is None:
-            raise OutputError(f"{self.path}: is not a recycled dataset; it is left alone. Choose another folder.")
-        if there.hash != self.recipe.hash and not overwrite:
+            raise OutputError(f"{self.path}: is not a result of hf-reflect; it is left alone. Choose another folder.")
+        if there != self.recipe.hash and not overwrite:
             raise OutputError(
-                f"{self.path}: holds the result of another recipe ({there.hash}, this one is {self.recipe.hash}). "
+                f"{self.path}: holds the result of another recipe ({there}, this one is {self.recipe.hash}). "
                 "Choose another folder, or replace it with --overwrite."
             )
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hf_reflect.errors import RecipeError
 from hf_reflect.oracles.base import canonical
@@ -13,6 +13,62 @@ from hf_reflect.oracles.base import canonical
 FILE = "recipe.yaml"
 
 _REQUIRED = ("source", "method", "keep", "gate_first", "prompts", "oracle")
+
+
+class Manifest(Protocol):
+    """What an output folder says of its making."""
+
+    @property
+    def hash(self) -> str:
+        """The same for two runs whose results must be the same."""
+        ...
+
+    def to_yaml(self) -> str:
+        """The text of `recipe.yaml`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """The recipe of a task without an oracle.
+
+    Attributes:
+        task: `score` or `select`.
+        settings: All that decides the result.
+        version: Of this package.
+    """
+
+    task: str
+    settings: Mapping[str, Any]
+    version: str
+
+    @property
+    def hash(self) -> str:
+        return _hash({"task": self.task, **self.settings})
+
+    def to_yaml(self) -> str:
+        return _dump({"hf_reflect": self.version, "hash": self.hash, "task": self.task, **self.settings})
+
+
+def read_hash(folder: Path) -> str | None:
+    """The hash in a folder's recipe; null if there is no recipe of ours."""
+    import yaml
+
+    try:
+        data = yaml.safe_load((folder / FILE).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return str(data["hash"]) if isinstance(data, Mapping) and "hf_reflect" in data and "hash" in data else None
+
+
+def _hash(decides: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=110))
 
 
 @dataclass(frozen=True)
@@ -52,12 +108,10 @@ class Recipe:
             "oracle": {name: value for name, value in self.oracle.items() if name != "spec"},
             "student": self.student and {name: value for name, value in self.student.items() if name != "spec"},
         }
-        return hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]
+        return _hash(decides)
 
     def to_yaml(self) -> str:
         """The text of `recipe.yaml`."""
-        import yaml
-
         data = {
             "hf_reflect": self.version,
             "hash": self.hash,
@@ -69,7 +123,7 @@ class Recipe:
             "student": None if self.student is None else dict(self.student),
             "prompts": dict(self.prompts),
         }
-        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110))
+        return _dump(data)
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":

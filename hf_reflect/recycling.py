@@ -5,11 +5,9 @@ chain over it, so the oracle answers for one shard while the student scores anot
 holds across all of them. Memory is bounded by the shards in flight.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from hf_reflect.journal import Journal, open_journal
 from hf_reflect.oracles import Oracle, Sampling, load_oracle
 from hf_reflect.oracles.journaled import JournaledOracle
 from hf_reflect.output import OutputFolder
+from hf_reflect.progress import bars
 from hf_reflect.prompts import Prompts
 from hf_reflect.recipe import Recipe
 from hf_reflect.selection import Keep, Method
@@ -95,6 +94,7 @@ def recycle(
     seed: int | None = None,
     sampling: Sampling | None = None,
     oracle_options: dict[str, Any] | None = None,
+    student_options: dict[str, Any] | None = None,
     journal: Journal | str | Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -120,6 +120,8 @@ def recycle(
         seed: For the oracle's sampling.
         sampling: How the oracle samples; by default greedily, at most as many tokens as suit it.
         oracle_options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`.
+        student_options: What else `load_student` takes with a spec: `template`, `boundary`, `measure`, `dtype`,
+            `max_length`.
         journal: Where replies and scores are kept; by default under `HF_HOME`.
         overwrite: Replace a folder that holds the result of another recipe.
         progress: Show a bar per phase (on a terminal).
@@ -146,7 +148,7 @@ def recycle(
     sampling = sampling or Sampling(max_tokens=asked.oracle.max_tokens)
     sampling = sampling if seed is None else replace(sampling, seed=seed)
     prompts = Prompts.load(prompts or asked.oracle.prompts)
-    judge = load_student(student) if scored and student is not None else None
+    judge = load_student(student, **(student_options or {})) if scored and student is not None else None
 
     recipe = Recipe(
         source={**source.provenance, "split": split, "limit": limit},
@@ -159,7 +161,7 @@ def recycle(
             "identity": dict(asked.oracle.identity),
             "sampling": sampling.to_dict(),
         },
-        student={"spec": _spec(student), "identity": judge.identity} if judge else None,
+        student=judge.recipe if judge else None,
         version=__version__,
     )
     steps = chain(asked, judge, prompts, sampling, method, gate_first, book)
@@ -195,6 +197,11 @@ class Step:
     title: str
     transform: Transform
     batch_size: int
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is worth a progress bar."""
+        return not isinstance(self.transform, SelectInstruction | SelectResponse)
 
 
 def chain(
@@ -250,7 +257,8 @@ def _run(
         rows = splits[split]
         return _recycle_shard(rows, start, min(start + _SHARD, len(rows)), steps, keep)
 
-    with _bars(steps, sum(map(len, splits.values())), progress):
+    slow = {step.title: step.transform for step in steps if step.slow}
+    with bars(slow, sum(map(len, splits.values())), shown=progress):
         for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, oracle.stop), strict=True):
             summary.add(reflections)
             summary.kept += len(default)
@@ -315,39 +323,6 @@ def _raise_first_error(waiting: deque[Future[Any]]) -> None:
         for future in done:
             if error := future.exception():
                 raise error
-
-
-@contextmanager
-def _bars(steps: list[Step], total: int, progress: bool) -> Iterator[None]:
-    """A bar per slow step, on a terminal, in place of those of `datasets`."""
-    import datasets
-    from tqdm.auto import tqdm
-
-    lock = threading.Lock()
-    slow = [step for step in steps if not isinstance(step.transform, SelectInstruction | SelectResponse)]
-    bars = [
-        tqdm(total=total, desc=step.title, unit="row", position=i, disable=None if progress else True)
-        for i, step in enumerate(slow)
-    ]
-
-    def watch(bar: Any) -> Callable[[int], None]:
-        def done(rows: int) -> None:
-            with lock:
-                bar.update(rows)
-
-        return done
-
-    for step, bar in zip(slow, bars, strict=True):
-        step.transform.done = watch(bar)
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-        for bar in bars:
-            bar.close()
 
 
 def _collect(parts: Parts, folder: OutputFolder | None, splits: list[str], single: bool, config: str) -> Any:

@@ -163,9 +163,11 @@ class ReflectResponse(_Reflect):
 class _Score(Transform):
     measure: ClassVar[str]
 
-    def __init__(self, student: "str | Student" = "local", *, journal: Journal | str | Path | None = None) -> None:
-        self.student, self.journal = load_student(student), _journal(journal)
-        super().__init__({"student": student} if isinstance(student, str) else None)
+    def __init__(
+        self, student: "str | Student" = "local", *, journal: Journal | str | Path | None = None, **options: Any
+    ) -> None:
+        self.student, self.journal = load_student(student, **options), _journal(journal)
+        super().__init__({"student": student, **options} if isinstance(student, str) else None)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -175,7 +177,9 @@ class _Score(Transform):
     def score(self, pairs: list[Pair]) -> list[Score]:
         """The scores of pairs, in order."""
 
-    def __call__(self, batch: Mapping[str, Any]) -> Any:
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> Any:
+        if rank is not None:  # map(num_proc=N, with_rank=True): one GPU for each process
+            self.student.model.use_gpu(rank)
         row_format = recognise(batch.keys())
         rows = rows_of(batch, row_format.columns)
         jobs: list[tuple[Row | None, int, Pair]] = []  # (reflection, or null for the row itself; row; pair)
@@ -209,6 +213,8 @@ class ScoreIFD(_Score):
     Args:
         student: A spec (`local`, a Hub id, a folder, a `.gguf` file) or a student.
         journal: Where losses are kept; by default under `HF_HOME`.
+        **options: What else `load_student` takes with a spec: `template`, `boundary`, `measure`, `dtype`,
+            `max_length`.
 
     Raises:
         StudentError: the student can't be loaded.
@@ -229,6 +235,7 @@ class ScoreReversedIFD(_Score):
     Args:
         student: As for `ScoreIFD`.
         journal: As for `ScoreIFD`.
+        **options: As for `ScoreIFD`.
 
     Raises:
         StudentError: the student can't be loaded.

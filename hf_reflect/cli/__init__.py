@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_reflect import __version__
-from hf_reflect.cli import demo, recycle, show
+from hf_reflect.cli import demo, recycle, score, show
 from hf_reflect.errors import HfReflectError
 
 
@@ -19,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("recycle")(recycle.recycle)
+app.command("score")(score.score)
+app.command("select")(score.select)
 app.command("show")(show.show)
 app.command("demo")(demo.demo)
 

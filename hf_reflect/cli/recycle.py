@@ -1,6 +1,6 @@
 """`hf-reflect recycle`: the main job."""
 
-import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from hf_reflect.cli import output
+from hf_reflect.cli.score import (
+    BoundaryOption,
+    DtypeOption,
+    MaxLength,
+    MeasureOption,
+    Template,
+    say_where,
+    silence_bars_off_terminal,
+)
+
+
+_STUDENT_OPTIONS = ("template", "boundary", "measure", "dtype", "max_length")
 
 
 class Method(StrEnum):
@@ -59,6 +71,11 @@ def recycle(
     gate_first: Annotated[
         bool | None, typer.Option("--gate-first", help="A rewrite with IFD >= 1 never displaces a pair below it.")
     ] = None,
+    template: Template = None,
+    boundary: BoundaryOption = None,
+    measure: MeasureOption = None,
+    dtype: DtypeOption = None,
+    max_length: MaxLength = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +116,11 @@ def recycle(
         "method": method and str(method),
         "keep": keep and str(keep),
         "gate_first": gate_first,
+        "template": template,
+        "boundary": boundary and str(boundary),
+        "measure": measure and str(measure),
+        "dtype": dtype and str(dtype),
+        "max_length": max_length,
         "prompts": prompts,
         "name": name,
         "split": split,
@@ -113,29 +135,27 @@ def recycle(
 
 def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | None = None, **options: Any) -> None:
     """Recycles with these settings and prints what came of it."""
-    import datasets
-
     from hf_reflect.oracles import Sampling, load_oracle
     from hf_reflect.recycling import recycle as recycle_dataset
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    silence_bars_off_terminal()
     oracle_options = {"model": settings.pop("oracle_model", None), "concurrency": concurrency}
     sampling = {key: settings.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in settings}
     if settings.get("student") == "none":
         settings["student"] = None
+    student_options = {key: settings.pop(key) for key in _STUDENT_OPTIONS if key in settings}
     oracle = load_oracle(settings.pop("oracle", "local"), **oracle_options)
     recycled = recycle_dataset(
         source,
         out,
         oracle=oracle,
+        student_options=student_options,
         sampling=Sampling(**{"max_tokens": oracle.max_tokens, **sampling}),
         **settings,
         **options,
     )
     typer.echo(output.summary(recycled.summary))
-    typer.echo(f"\nwritten to {out}")
-    typer.echo(f'load it:  datasets.load_dataset("{out}")')
+    say_where(out)
 
 
 def _from_recipe(path: Path) -> dict[str, Any]:
@@ -148,6 +168,7 @@ def _from_recipe(path: Path) -> dict[str, Any]:
         "oracle": oracle["spec"],
         "oracle_model": oracle["identity"]["model"] if oracle["identity"]["kind"] == "chat" else None,
         "student": student["spec"] if student else "none",
+        **(_student_options(student) if student else {}),
         "method": recipe.method,
         "keep": recipe.keep,
         "gate_first": recipe.gate_first,
@@ -156,3 +177,10 @@ def _from_recipe(path: Path) -> dict[str, Any]:
         **oracle["sampling"],
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def _student_options(student: Mapping[str, Any]) -> dict[str, Any]:
+    from hf_reflect.student.templates import TextTemplate
+
+    options = {key: student["identity"][key] for key in _STUDENT_OPTIONS}
+    return {**options, "template": TextTemplate(**student["template"])} if "template" in student else options

@@ -82,6 +82,12 @@ class Student:
         return self.model.spec
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What a recipe says of it: enough to load it again and to tell whether it is the same."""
+        texts = {"template": self._text_template.to_dict()} if self._text_template else {}
+        return {"spec": self.spec, "identity": self.identity, **texts}
+
+    @property
     def template(self) -> Template:
         """The layout of what is scored."""
         return self._text_template or self._chat_template

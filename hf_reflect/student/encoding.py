@@ -1,8 +1,8 @@
 """From texts to token ids and the exact span of the target.
 
-Boundary policy `aligned`: the target's ids come from the joint tokenisation of prefix and target, and the direct pass reads the very same ids.
-A token that straddles the boundary belongs to the target. Where the tokenizer puts no BOS in front, the first target
-token has no context in the direct pass, so it is left out of both.
+Boundary policy `aligned`: the target's ids come from the joint tokenisation of prefix and target, and the direct pass
+reads the very same ids. A token that straddles the boundary belongs to the target. Where the tokenizer puts no BOS in
+front, the first target token has no context in the direct pass, so it is left out of both.
 
 Boundary policy `reference` does what the published scripts do, so that their numbers can be reproduced: the joint
 tokenisation is cut at the length of the prefix tokenised alone, and the direct pass tokenises the target alone. The

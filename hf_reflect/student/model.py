@@ -103,6 +103,13 @@ class CausalLM:
 
         return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    def use_gpu(self, rank: int) -> None:
+        """Computes on one of the GPUs, chosen by the rank of this process; without GPUs nothing changes."""
+        import torch
+
+        if self._head is None and self._device is None and torch.cuda.device_count():
+            self._device = f"cuda:{rank % torch.cuda.device_count()}"
+
     @property
     def dtype(self) -> str:
         """What it computes in: `float32` or `bfloat16`."""
@@ -137,8 +144,8 @@ class CausalLM:
                 except torch.OutOfMemoryError as error:
                     if len(batch) == 1:
                         raise StudentError(
-                            f"student {self.spec}: a sequence of {len(batch[0].ids)} tokens does not fit in the memory "
-                            "of the GPU; set --max-length."
+                            f"student {self.spec}: a sequence of {len(batch[0].ids)} tokens does not fit in the "
+                            "memory of the GPU; set --max-length."
                         ) from error
                     torch.cuda.empty_cache()
                     self._budget = max(1, self._budget // 2)

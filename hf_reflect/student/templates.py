@@ -9,7 +9,7 @@ import hashlib
 import os.path
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,13 +59,17 @@ class TextTemplate:
         name: What the recipe calls it.
         prompt: Precedes a response.
         prompt_input: Likewise, where the pair has an input.
-        query: Precedes a question; the response is its `{output}`.
+        reverse_prompt: Precedes a question; the response is its `{output}`.
     """
 
     name: str
     prompt: str
     prompt_input: str
-    query: str
+    reverse_prompt: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The arguments that make this template again."""
+        return asdict(self)
 
     def forward(self, pair: Pair) -> Scored:
         # Earlier turns condition the response just as the instruction does.
@@ -73,7 +77,7 @@ class TextTemplate:
         return Scored(earlier + _fill(self.prompt_input if pair.input else self.prompt, pair), pair.response)
 
     def reverse(self, pair: Pair) -> Scored:
-        return Scored(_fill(self.query, pair), pair.question)
+        return Scored(_fill(self.reverse_prompt, pair), pair.question)
 
 
 _ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
