@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from hf_reflect.output import FOLDERS
+from hf_reflect.output import DataFiles
 from hf_reflect.recipe import Recipe
 from hf_reflect.summary import Summary
 
@@ -18,19 +18,19 @@ TEMPLATE = "dataset_card.md.jinja"
 PLAIN_TEMPLATE = "plain_card.md.jinja"
 
 
-def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str, location: str) -> str:
+def render_card(recipe: Recipe, summary: Summary, data_files: DataFiles, title: str, location: str) -> str:
     """The text of README.md.
 
     Args:
         recipe: What was done.
         summary: What came of it.
-        splits: Names of the splits.
+        data_files: The file of each config and split.
         title: What the dataset is called.
         location: What `load_dataset` finds it by.
     """
     return _render(
         TEMPLATE,
-        metadata=_yaml(_metadata(splits, summary.rows, list(FOLDERS))),
+        metadata=_yaml(_metadata(data_files, summary.rows)),
         title=title,
         location=location,
         source=recipe.source["path"],
@@ -47,19 +47,19 @@ def render_card(recipe: Recipe, summary: Summary, splits: list[str], title: str,
     )
 
 
-def render_plain_card(title: str, splits: list[str], rows: int, location: str, settings: Mapping[str, Any]) -> str:
+def render_plain_card(title: str, data_files: DataFiles, rows: int, location: str, settings: Mapping[str, Any]) -> str:
     """The README.md of a folder that was made without an oracle.
 
     Args:
         title: What it is.
-        splits: Names of the splits.
+        data_files: The file of each config and split.
         rows: How many rows it has.
         location: What `load_dataset` finds it by.
         settings: All that decided the result.
     """
     return _render(
         PLAIN_TEMPLATE,
-        metadata=_yaml(_metadata(splits, rows, ["default"])),
+        metadata=_yaml(_metadata(data_files, rows)),
         title=title,
         location=location,
         settings=_yaml(settings),
@@ -111,16 +111,16 @@ def _shown(summary: Summary, quantity: str, when: str) -> str:
     return f"{mean.value:.{digits}f} (n={mean.n})"
 
 
-def _metadata(splits: list[str], rows: int, names: list[str]) -> dict[str, Any]:
+def _metadata(data_files: DataFiles, rows: int) -> dict[str, Any]:
     configs = [
         {
             "config_name": config,
-            "data_files": [{"split": split, "path": f"{FOLDERS[config]}/{split}-*.parquet"} for split in splits],
+            "data_files": [{"split": split, "path": path} for split, path in splits.items()],
         }
-        for config in names
+        for config, splits in data_files.items()
     ]
     return {
-        "tags": ["reflection-tuning", "synthetic", "hf-reflect"] if "reflections" in names else ["hf-reflect"],
+        "tags": ["reflection-tuning", "synthetic", "hf-reflect"] if "reflections" in data_files else ["hf-reflect"],
         "task_categories": ["text-generation"],
         "size_categories": [_size_category(rows)],
         "configs": [

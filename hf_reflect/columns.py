@@ -120,7 +120,7 @@ def updated(batch: Mapping[str, Any], updates: Mapping[str, list[Any]]) -> Any:
     if table is None:
         return dict(updates)
     for name, values in updates.items():
-        array = _array(values, TYPES[name] if name in TYPES else table.schema.field(name).type)
+        array = _array(values, TYPES[name] if name in TYPES else _text_type(table.schema.field(name).type))
         if name in table.column_names:
             table = table.set_column(table.column_names.index(name), name, array)
         else:
@@ -128,11 +128,33 @@ def updated(batch: Mapping[str, Any], updates: Mapping[str, list[Any]]) -> Any:
     return table
 
 
+def not_text(batch: Mapping[str, Any], columns: Sequence[str]) -> str | None:
+    """Why no row of a batch can hold a pair: a column with a type that no text fits in; null if there is none."""
+    table = getattr(batch, "pa_table", None)
+    if table is None:
+        return None
+    for name in columns:
+        type = table.schema.field(name).type
+        if not (_is_text(type) or pa.types.is_nested(type) or isinstance(type, pa.JsonType)):
+            return f"{name} is a column of {type}, not of text"
+    return None
+
+
 def features(names: Iterable[str]) -> Any:
     """The `datasets.Features` of some of our columns, for callers that need to pass `features=`."""
     from datasets import Features
 
     return Features.from_arrow_schema(pa.schema([(name, TYPES[name]) for name in names]))
+
+
+def _is_text(type: pa.DataType) -> bool:
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(check(type) for check in checks)
+
+
+def _text_type(type: pa.DataType) -> pa.DataType:
+    """The type a column of the source has, or text where it was nothing but nulls."""
+    return pa.string() if pa.types.is_null(type) else type
 
 
 def _array(values: list[Any], type: pa.DataType) -> pa.Array:

@@ -3,10 +3,11 @@
 import glob
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_reflect.embedded import content_hash
 from hf_reflect.errors import OutputError
 from hf_reflect.recipe import FILE, Manifest, read_hash
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 FOLDERS = {"default": "data", "reflections": "reflections"}
 """Where each config's files are."""
+
+DataFiles = dict[str, dict[str, str]]
+"""A file for each config and split."""
 
 
 class OutputFolder:
@@ -54,27 +58,28 @@ class OutputFolder:
         try:
             writer = self._writers.get((config, split))
             if writer is None:
-                file = self._staging / FOLDERS[config] / f"{split}-00000-of-00001.parquet"
-                file.parent.mkdir(exist_ok=True)
-                writer = self._writers[config, split] = pq.ParquetWriter(file, rows.features.arrow_schema)
-            writer.write_table(table.cast(writer.schema))
+                folder = self._staging / FOLDERS[config]
+                folder.mkdir(exist_ok=True)
+                writer = pq.ParquetWriter(folder / f"{split}.parquet", rows.features.arrow_schema)
+                self._writers[config, split] = writer
+            if len(table):  # `datasets` can't read an empty row group
+                writer.write_table(table.cast(writer.schema))
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def finish(self, files: Mapping[str, str]) -> None:
-        """Writes the remaining files and lets the folder appear.
+    def finish(self, card: Callable[[DataFiles], str]) -> None:
+        """Ends the writing, adds the card and the recipe, and lets the folder appear.
 
         Args:
-            files: Texts by file name.
+            card: Gives the text of the card, for the file of each config and split.
 
         Raises:
             OutputError: it can't be written.
         """
         try:
-            for writer in self._writers.values():
-                writer.close()
-            for name, text in {**files, FILE: self.recipe.to_yaml()}.items():
-                (self._staging / name).write_text(text, "utf-8")
+            data_files = self._end_files()
+            (self._staging / "README.md").write_text(card(data_files), "utf-8")
+            (self._staging / FILE).write_text(self.recipe.to_yaml(), "utf-8")
             for file in self._staging.rglob("*"):
                 _sync(file)
             if self.path.exists():
@@ -87,6 +92,18 @@ class OutputFolder:
             _sync(self.path.parent)
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _end_files(self) -> DataFiles:
+        # Names end in a hash of the content: `datasets` caches a local folder by what its card says of the files, not
+        # by the files, so the cards of two results must not say the same.
+        files: DataFiles = {}
+        for (config, split), writer in self._writers.items():
+            writer.close()
+            file = self._staging / FOLDERS[config] / f"{split}.parquet"
+            name = f"{split}-00000-of-00001-{content_hash(file)[:16]}.parquet"
+            file.rename(file.with_name(name))
+            files.setdefault(config, {})[split] = f"{FOLDERS[config]}/{name}"
+        return files
 
     def discard(self) -> None:
         """Forgets what was collected; an existing folder stays as it is."""

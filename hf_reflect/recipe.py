@@ -138,7 +138,7 @@ class Recipe:
         try:
             data = yaml.safe_load(file.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"recipe {file}: can't be read: {error}") from error
+            raise RecipeError(f"recipe {file}: can't be read: {' '.join(str(error).split())}") from error
         if not isinstance(data, Mapping):
             raise RecipeError(f"recipe {file}: not a recipe")
         missing = [name for name in _REQUIRED if name not in data]

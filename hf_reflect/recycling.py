@@ -171,7 +171,7 @@ def recycle(
         parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
         if folder is not None:
             title = folder.path.name
-            folder.finish({"README.md": render_card(recipe, summary, list(splits), title, str(output))})
+            folder.finish(lambda files: render_card(recipe, summary, files, title, str(output)))
     except BaseException:
         if folder is not None:
             folder.discard()

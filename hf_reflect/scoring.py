@@ -90,12 +90,12 @@ def score(
                 _count(found, shard)
                 folder.write("default", key, shard)
         title = f"{folder.path.name}: scored"
-        folder.finish({"README.md": render_plain_card(title, list(source.splits), found.rows, str(output), settings)})
+        folder.finish(lambda files: render_plain_card(title, files, found.rows, str(output), settings))
     if found.ifd_at_least_one * 2 > found.rows:
         warnings.warn(
             f"{found.ifd_at_least_one} of {found.rows} rows have an IFD of 1 or more: to this student most "
-            f"instructions make their response less likely. An unfamiliar template does that to a base model: template "
-            f"{judge.template.name!r} may not suit it.",
+            f"instructions make their response less likely. An unfamiliar template does that to a base model: "
+            f"template {judge.template.name!r} may not suit it.",
             stacklevel=2,
         )
     return found
@@ -138,7 +138,7 @@ def select(
         for key, selected in chosen.items():
             folder.write("default", key, source.splits[key].select(selected.indices))
         title = f"{folder.path.name}: selected by {choice.by}"
-        folder.finish({"README.md": render_plain_card(title, list(chosen), rows, str(output), settings)})
+        folder.finish(lambda files: render_plain_card(title, files, rows, str(output), settings))
     return chosen
 
 

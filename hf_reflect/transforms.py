@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 from hf_reflect import background
-from hf_reflect.columns import rows_of, updated
+from hf_reflect.columns import not_text, rows_of, updated
 from hf_reflect.journal import Journal, open_journal
 from hf_reflect.oracles import Oracle, Sampling, load_oracle
 from hf_reflect.oracles.base import canonical
@@ -41,7 +41,7 @@ class Transform(ABC):
     """Base of all transforms: pickled and hashed by its identity.
 
     A process that unpickles one finds the living object it was made from (inherited by `fork`), with its connections
-    and settings; where there is none (`spawn`), it is made again from its arguments.
+    and settings; where there is none (`spawn`), it is made again from what decides its results.
     """
 
     _living: ClassVar["WeakValueDictionary[str, Transform]"] = WeakValueDictionary()
@@ -49,14 +49,18 @@ class Transform(ABC):
     done: Callable[[int], None]
     """Called with a number of rows whenever that many are done."""
 
-    def __init__(self, arguments: dict[str, Any] | None) -> None:
-        self._arguments = arguments
+    def __init__(self) -> None:
         self.done = _nothing
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """All that decides what this transform does, as JSON-able values."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> dict[str, Any] | None:
+        """Arguments that make it again, decided by its identity alone; null if it can't be made again."""
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Any]) -> Any:
@@ -65,7 +69,7 @@ class Transform(ABC):
     def __getstate__(self) -> dict[str, Any]:
         identity = canonical(self.identity)
         self._living[identity] = self
-        return {"identity": identity, "arguments": self._arguments}
+        return {"identity": identity, "arguments": self.arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         living = self._living.get(state["identity"])
@@ -75,8 +79,8 @@ class Transform(ABC):
             self.__init__(**state["arguments"])  # type: ignore[misc]
         else:
             raise TypeError(
-                f"{type(self).__name__} was made from an object, which a process that is not forked can't inherit: "
-                "make it from a spec (a string) instead"
+                f"{type(self).__name__} was made from an object without a spec, which a process that is not forked "
+                "can't make again: give the object a `spec` that load_oracle understands"
             )
 
 
@@ -99,9 +103,7 @@ class _Reflect(Transform):
         asked = self.oracle.oracle
         self.prompts = Prompts.load(prompts or asked.prompts)
         self.sampling = sampling or Sampling(max_tokens=asked.max_tokens)
-        options.pop("api_key", None)
-        again = {"oracle": oracle, "prompts": self.prompts, "sampling": self.sampling, **options}
-        super().__init__(again if isinstance(oracle, str) else None)
+        super().__init__()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -112,9 +114,17 @@ class _Reflect(Transform):
             "sampling": self.sampling.to_dict(),
         }
 
+    @property
+    def arguments(self) -> dict[str, Any] | None:
+        oracle = self.oracle.oracle
+        spec = getattr(oracle, "spec", None)
+        model = {"model": oracle.name} if oracle.identity.get("kind") == "chat" else {}
+        return spec and {"oracle": spec, "prompts": self.prompts, "sampling": self.sampling, **model}
+
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         row_format = recognise(batch.keys())
-        pairs = [_read_or_why(row_format, row) for row in rows_of(batch, row_format.columns)]
+        why = not_text(batch, row_format.columns)
+        pairs = [why or _read_or_why(row_format, row) for row in rows_of(batch, row_format.columns)]
         name = self.oracle.oracle.name
         reflector = Reflector(self.oracle.ask, name, self.prompts, self.sampling, self.phase)
         reflections = background.run(reflect_all(reflector, pairs, self.done))
@@ -167,11 +177,15 @@ class _Score(Transform):
         self, student: "str | Student" = "local", *, journal: Journal | str | Path | None = None, **options: Any
     ) -> None:
         self.student, self.journal = load_student(student, **options), _journal(journal)
-        super().__init__({"student": student, **options} if isinstance(student, str) else None)
+        super().__init__()
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"transform": type(self).__name__, "student": self.student.identity}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"student": self.student.spec, **self.student.options}
 
     @abstractmethod
     def score(self, pairs: list[Pair]) -> list[Score]:
@@ -184,8 +198,9 @@ class _Score(Transform):
         rows = rows_of(batch, row_format.columns)
         jobs: list[tuple[Row | None, int, Pair]] = []  # (reflection, or null for the row itself; row; pair)
         updates: dict[str, list[Any]] = {}
+        why = not_text(batch, row_format.columns)
         for i, row in enumerate(rows):
-            pair = _read_or_why(row_format, row)
+            pair = why or _read_or_why(row_format, row)
             if isinstance(pair, str):
                 continue
             jobs.append((None, i, pair))
@@ -253,11 +268,15 @@ class _Select(Transform):
 
     def __init__(self, method: Method = "selective", *, gate_first: bool = False) -> None:
         self.method, self.gate_first = method, gate_first
-        super().__init__({"method": method, "gate_first": gate_first})
+        super().__init__()
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"transform": type(self).__name__, "method": self.method, "gate_first": self.gate_first}
+        return {"transform": type(self).__name__, **self.arguments}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"method": self.method, "gate_first": self.gate_first}
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         row_format = recognise(batch.keys())
@@ -347,12 +366,16 @@ class KeepRecycled(Transform):
     """
 
     def __init__(self, policy: Keep = "all") -> None:
-        super().__init__({"policy": policy})
+        super().__init__()
         self.policy = policy
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"transform": type(self).__name__, "policy": self.policy}
+        return {"transform": type(self).__name__, **self.arguments}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"policy": self.policy}
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         if isinstance(batch["recycled"], str):  # a single row

@@ -45,7 +45,7 @@ def main() -> None:
     try:
         app()
     except HfReflectError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped: what was paid for is in the journal; run the same command again to go on.", err=True)

@@ -14,8 +14,8 @@ from hf_reflect.cli.score import (
     MaxLength,
     MeasureOption,
     Template,
+    quieten_datasets,
     say_where,
-    silence_bars_off_terminal,
 )
 
 
@@ -138,7 +138,7 @@ def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | 
     from hf_reflect.oracles import Sampling, load_oracle
     from hf_reflect.recycling import recycle as recycle_dataset
 
-    silence_bars_off_terminal()
+    quieten_datasets()
     oracle_options = {"model": settings.pop("oracle_model", None), "concurrency": concurrency}
     sampling = {key: settings.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in settings}
     if settings.get("student") == "none":

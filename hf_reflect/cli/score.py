@@ -94,7 +94,7 @@ def score(
     """
     from hf_reflect.scoring import score as score_dataset
 
-    silence_bars_off_terminal()
+    quieten_datasets()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         found = score_dataset(
@@ -145,7 +145,7 @@ def select(
     from hf_reflect.ranking import TopFraction
     from hf_reflect.scoring import select as select_rows
 
-    silence_bars_off_terminal()
+    quieten_datasets()
     fraction = None if top is None else _fraction(top)
     choice = TopFraction(by.value, fraction, count, below_one, per, seed)
     for key, chosen in select_rows(source, out, choice, name=name, split=split, overwrite=overwrite).items():
@@ -160,10 +160,11 @@ def say_where(out: Path) -> None:
     typer.echo(f'load it:  datasets.load_dataset("{out}")')
 
 
-def silence_bars_off_terminal() -> None:
-    """Where nobody watches, the bars of `datasets` are only noise."""
+def quieten_datasets() -> None:
+    """Where nobody watches, the bars of `datasets` are only noise; what it logs, our own errors say."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

@@ -44,7 +44,7 @@ class ChatOracle:
         timeout: float = 600.0,
         attempts: int = 5,
     ) -> None:
-        self._url = url.rstrip("/")
+        self._url = _checked(url)
         self.url = self.spec = without_secrets(self._url)
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or _hugging_face_token(self._url)
@@ -68,7 +68,7 @@ class ChatOracle:
             try:
                 return await self._complete_once(request)
             except Exception as error:
-                fault = read_fault(error)
+                fault = read_fault(error, self._api_key)
                 if fault is None:  # a bug, not an answer
                     raise
             last = attempt == self.attempts
@@ -81,8 +81,6 @@ class ChatOracle:
 
     async def _complete_once(self, request: Request) -> Reply:
         sampling = request.sampling
-        # The client would rewrite a response_format into a form that only TGI reads, so it goes in as extra_body.
-        extra = {"response_format": _json_schema(request.schema)} if request.schema else None
         output = await self._async_client().chat_completion(
             [dict(message) for message in request.messages],
             model=self.name,
@@ -90,7 +88,7 @@ class ChatOracle:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
-            extra_body=extra,
+            response_format=_json_schema(request.schema) if request.schema else None,
         )
         return read_completion(output)
 
@@ -123,12 +121,12 @@ class ChatOracle:
             response = get_session().get(f"{self._url}/models", headers=headers, timeout=30)
             status = response.status_code
         except Exception as error:
-            fault = read_fault(error)
+            fault = read_fault(error, self._api_key)
             if fault is None:
                 raise
             raise self._stop(fault) from None
         if status in (401, 403):
-            raise self._stop(Fault.of_status(status, response.text))
+            raise self._stop(Fault.of_status(status, redact(response.text, self._api_key)))
         try:
             return [model["id"] for model in response.json()["data"]]
         except (ValueError, KeyError, TypeError):
@@ -147,16 +145,31 @@ def read_completion(output: Any) -> Reply:
     Raises:
         RowFailedError: it has no choices.
     """
-    if not output.choices:
+    choices = getattr(output, "choices", None)
+    if not choices:
         raise RowFailedError("the server sent a completion without choices")
-    choice, used = output.choices[0], output.usage
+    choice, used = choices[0], output.usage
     refusal = getattr(choice.message, "refusal", None)
+    content = getattr(choice.message, "content", None) or refusal or ""
+    if choice.message is None or not isinstance(content, str):
+        raise RowFailedError("the server sent a completion whose message is not text")
     return Reply(
-        text=choice.message.content or refusal or "",
+        text=content,
         finish_reason="content_filter" if refusal else choice.finish_reason,
         prompt_tokens=used.prompt_tokens if used else None,
         completion_tokens=used.completion_tokens if used else None,
     )
+
+
+def _checked(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise OracleError("oracle: that is no URL of a server; write it like http://localhost:8000/v1.")
+    return url.rstrip("/")
 
 
 def without_secrets(url: str) -> str:
@@ -166,8 +179,20 @@ def without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
+class _Verbatim(dict[str, Any]):
+    """A response format that reaches the server as it is.
+
+    For a server named by its URL, huggingface_hub rewrites OpenAI's form into one that only TGI reads. It looks at
+    the type with `get` to find out; serialising goes by the items.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default if key == "type" else super().get(key, default)
+
+
 def _json_schema(schema: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "reflection", "schema": schema, "strict": True}}
+    form = {"name": "reflection", "schema": schema, "strict": True}
+    return _Verbatim(type="json_schema", json_schema=form)
 
 
 def _hugging_face_token(url: str) -> str | None:

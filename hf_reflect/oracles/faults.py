@@ -60,8 +60,13 @@ class Fault:
         return _ADVICE.get(self.status or 0, "Run the same command again to go on: nothing paid for is lost.")
 
 
-def read_fault(error: BaseException) -> Fault | None:
-    """What an exception of a call means; null if it is none of the failures a call can have."""
+def read_fault(error: BaseException, secret: str | None = None) -> Fault | None:
+    """What an exception of a call means; null if it is none of the failures a call can have.
+
+    Args:
+        error: What was raised.
+        secret: The key that was sent: a server may echo it, and no message may.
+    """
     from huggingface_hub.errors import (
         HfHubHTTPError,
         InferenceTimeoutError,
@@ -80,13 +85,15 @@ def read_fault(error: BaseException) -> Fault | None:
         return Fault(f"{type(error).__name__}: {error}"[:_LONGEST])
     status, body, headers = _http_answer(error)
     if status is not None:
-        return Fault.of_status(status, body, headers.get("Retry-After"))
+        return Fault.of_status(status, redact(body, secret), headers.get("Retry-After"))
     if isinstance(error, HfHubHTTPError):
         return Fault(f"{error}"[:_LONGEST], passing=True)
     if isinstance(error, (*_transport_errors(), ConnectionError)):
         return Fault(f"no connection ({type(error).__name__})", passing=True, unreachable=True)
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return Fault("the reply is not JSON", passing=True)
+    if isinstance(error, ValueError) and "Invalid" in str(error):  # what huggingface_hub says of JSON of another shape
+        return Fault("the reply is not a chat completion", passing=True)
     return None
 
 

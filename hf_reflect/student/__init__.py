@@ -88,6 +88,12 @@ class Student:
         return {"spec": self.spec, "identity": self.identity, **texts}
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options that make it again with `load_student`."""
+        own = {name: self.identity[name] for name in ("boundary", "measure", "dtype", "max_length")}
+        return {**own, "template": self._text_template or "chat"}
+
+    @property
     def template(self) -> Template:
         """The layout of what is scored."""
         return self._text_template or self._chat_template
@@ -153,14 +159,13 @@ def load_student(
     """
     if isinstance(spec, Student):
         return spec
-    key = (spec, dtype or "auto", device)
-    if key not in _MODELS:
-        _MODELS[key] = CausalLM(spec, dtype or "auto", device)
-    return Student(_MODELS[key], **{name: value for name, value in options.items() if value is not None})
+    model = CausalLM(spec, dtype or "auto", device)
+    model = _MODELS.setdefault((spec, dtype or "auto", device, model.files_state), model)
+    return Student(model, **{name: value for name, value in options.items() if value is not None})
 
 
-_MODELS: dict[tuple[str, str, str | None], CausalLM] = {}
-"""Weights are loaded once per process, however many transforms use them."""
+_MODELS: dict[tuple[Any, ...], CausalLM] = {}
+"""Weights are loaded once per process, however many transforms use them, unless their files change."""
 
 
 def _text_template(template: str | Path | TextTemplate) -> TextTemplate:

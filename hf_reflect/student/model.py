@@ -17,7 +17,8 @@ from hf_reflect.student.encoding import Tokens, prepended_bos
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model")
+_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CPU_BUDGET = 2048
 """Tokens of a batch on a CPU: enough to keep the cores busy; more only costs memory."""
 
@@ -38,13 +39,16 @@ class CausalLM:
         self.spec, self._dtype, self._device = spec, dtype, device
         path = embedded_model() if spec == "local" else Path(spec).expanduser()
         self.gguf = path if path.suffix == ".gguf" else None
-        self.folder = None if self.gguf else (path if path.is_dir() else None)
+        self.folder = path if spec and not self.gguf and path.is_dir() else None
         if self.gguf and not self.gguf.is_file():
             raise StudentError(f"student: there is no file {self.gguf}.")
-        if not self.gguf and not self.folder and not _is_repo_id(spec):
+        if not (self.gguf or self.folder or _is_repo_id(spec)):
             raise StudentError(
                 f"student {spec!r}: not one of local, a .gguf file, a folder with a model, or a Hub id (org/name)."
             )
+        if self.folder and not (self.folder / "config.json").is_file():
+            # transformers would guess a model from the folder's name.
+            raise StudentError(f"student {spec}: there is no model in this folder (no config.json).")
         self.name = spec if not (self.gguf or self.folder) else path.name
         self._lock = threading.RLock()
         self._head: tuple[int, Any] | None = None
@@ -56,12 +60,21 @@ class CausalLM:
     def identity(self) -> dict[str, Any]:
         """The model's name with the content of its files, or its commit on the Hub."""
         if self._identity is None:
-            files = [self.gguf] if self.gguf else []
-            if self.folder:
-                files = sorted({file for pattern in _WEIGHTS for file in self.folder.glob(pattern)})
+            files = self._files
             state = {"hash": content_hash(*files)} if files else {"revision": self._revision()}
             self._identity = {"model": self.name, **state}
         return self._identity
+
+    @property
+    def files_state(self) -> tuple[Any, ...]:
+        """Names, sizes and times of the model's local files: differs when they were replaced."""
+        return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files)
+
+    @property
+    def _files(self) -> list[Path]:
+        if self.folder is None:
+            return [self.gguf] if self.gguf else []
+        return sorted({file for pattern in _FILES for file in self.folder.glob(pattern)})
 
     @property
     def tokenizer(self) -> Any:
@@ -74,6 +87,8 @@ class CausalLM:
             if self._tokenizer is None:
                 from transformers import AutoTokenizer
 
+                if self.folder and not any((self.folder / name).is_file() for name in _TOKENIZERS):
+                    raise StudentError(f"student {self.spec}: there is no tokenizer in this folder.")
                 self._tokenizer = self._load(AutoTokenizer.from_pretrained)
                 if not self._tokenizer.is_fast:
                     raise StudentError(f"student {self.spec}: its tokenizer gives no character offsets (not fast).")
@@ -165,7 +180,11 @@ class CausalLM:
 
             from hf_reflect.student.head import Head
 
-            model = self._load(AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype))
+            dtype = getattr(torch, self.dtype)
+            model, info = self._load(AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
+            if info["missing_keys"]:
+                missing = ", ".join(sorted(info["missing_keys"])[:3])
+                raise StudentError(f"student {self.spec}: its files lack weights ({missing}); it can't score.")
             self._head = (os.getpid(), Head(model.to(self.device).eval()))
         return self._head[1]
 
@@ -174,12 +193,14 @@ class CausalLM:
         if self.gguf:
             _need_gguf()
             options["gguf_file"] = self.gguf.name
+        from safetensors import SafetensorError
+
         try:
             with _quiet():
                 return from_pretrained(where, **options)
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise StudentError(f"student {self.spec}: can't be loaded: {first}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StudentError(f"student {self.spec}: can't be loaded: {what}") from error
 
     def _revision(self) -> str:
         from transformers import AutoConfig
@@ -193,6 +214,9 @@ def _losses(head: Any, batch: list[Tokens]) -> list[float]:
 
     longest = max(len(tokens.ids) for tokens in batch)
     ids = torch.tensor([(*tokens.ids, *([0] * (longest - len(tokens.ids)))) for tokens in batch])
+    known = head.model.get_input_embeddings().weight.shape[0]
+    if ids.max() >= known:
+        raise StudentError(f"student: its tokenizer gives the id {ids.max()}, its model knows {known} tokens.")
     counts = torch.tensor([tokens.scored for tokens in batch])
     rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
     columns = torch.cat([torch.arange(tokens.first, len(tokens.ids)) for tokens in batch])
