@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS entries (
     PRIMARY KEY (kind, key)
 ) WITHOUT ROWID
 """
+_PATIENCE = 60.0  # seconds to wait for other processes
 _MOST_PARAMETERS = 500  # SQLite's oldest limit is 999
 
 
@@ -72,8 +73,14 @@ class Journal:
         """Records values; when this returns they are safe from the death of the process."""
         now = time.time()
         rows = [(key, kind, json.dumps(value), now) for key, value in values.items()]
-        with self._connection() as db, db:
-            db.executemany("INSERT OR REPLACE INTO entries (key, kind, value, created) VALUES (?, ?, ?, ?)", rows)
+        with self._connection() as db:
+            db.execute("BEGIN IMMEDIATE")  # waits for other writers; a lock taken later would not
+            try:
+                db.executemany("INSERT OR REPLACE INTO entries (key, kind, value, created) VALUES (?, ?, ?, ?)", rows)
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
 
     def close(self) -> None:
         """Closes the connection; the journal can be used again."""
@@ -98,12 +105,21 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        with db:
-            db.execute(_SCHEMA)
-        return db
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            # Several processes that open a new file at once collide, and for that SQLite does not wait by itself.
+            db = sqlite3.connect(self.path, timeout=_PATIENCE, check_same_thread=False, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=NORMAL")
+                db.execute(_SCHEMA)
+            except sqlite3.OperationalError as error:
+                db.close()
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return db
 
 
 def _new_lock_after_fork() -> None:

@@ -54,6 +54,8 @@ class OutputFolder:
         """
         import pyarrow.parquet as pq
 
+        if not len(rows):
+            return  # `datasets` opens no file without rows
         table = rows.with_format("arrow")[:]
         try:
             writer = self._writers.get((config, split))
@@ -62,8 +64,7 @@ class OutputFolder:
                 folder.mkdir(exist_ok=True)
                 writer = pq.ParquetWriter(folder / f"{split}.parquet", rows.features.arrow_schema)
                 self._writers[config, split] = writer
-            if len(table):  # `datasets` can't read an empty row group
-                writer.write_table(table.cast(writer.schema))
+            writer.write_table(table.cast(writer.schema))
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hf_reflect import __version__
 from hf_reflect.cards import render_card
 from hf_reflect.columns import DEFAULT, REFLECTIONS
-from hf_reflect.errors import RecipeError, SourceError
+from hf_reflect.errors import OutputError, RecipeError, SourceError
 from hf_reflect.journal import Journal, open_journal
 from hf_reflect.oracles import Oracle, Sampling, load_oracle
 from hf_reflect.oracles.journaled import JournaledOracle
@@ -170,8 +170,7 @@ def recycle(
     try:
         parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
         if folder is not None:
-            title = folder.path.name
-            folder.finish(lambda files: render_card(recipe, summary, files, title, str(output)))
+            _publish(folder, recipe, summary, str(output))
     except BaseException:
         if folder is not None:
             folder.discard()
@@ -323,6 +322,15 @@ def _raise_first_error(waiting: deque[Future[Any]]) -> None:
         for future in done:
             if error := future.exception():
                 raise error
+
+
+def _publish(folder: OutputFolder, recipe: Recipe, summary: Summary, location: str) -> None:
+    if not summary.kept:
+        raise OutputError(
+            f"{folder.path}: no row is left to write: keep {recipe.keep} leaves out all {summary.rows}. Run it again "
+            "with --keep all, which costs nothing: every reply is in the journal."
+        )
+    folder.finish(lambda files: render_card(recipe, summary, files, folder.path.name, location))
 
 
 def _collect(parts: Parts, folder: OutputFolder | None, splits: list[str], single: bool, config: str) -> Any:

@@ -183,12 +183,11 @@ def test_keep_policies_drop_rows_and_never_touch_the_audit_trail(server, judge, 
     assert len({call.digest for call in server.completions}) == len(server.completions)  # all from the journal
 
 
-def test_where_nothing_is_kept_the_result_is_empty_and_the_audit_trail_loads(server, judge, out):
+def test_where_nothing_is_kept_an_error_says_what_to_do(server, judge, out):
     server.rule = lambda call: completion(call, "[Unchanged]")
-    result = run(Dataset.from_list(alpaca(5)), server, judge, out, keep="reflected")
-    assert len(load_dataset(str(out), "reflections", split="train")) == 5
-    assert read(out, "default") == []
-    assert len(result.dataset) == 0  # `datasets` itself can't load a parquet file without rows
+    with pytest.raises(HfReflectError, match="--keep all"):
+        run(Dataset.from_list(alpaca(5)), server, judge, out, keep="reflected")
+    assert not out.exists()
 
 
 def test_a_first_shard_of_which_nothing_is_kept_hides_no_other(server, out):

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import random
+from base64 import b64encode
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hf_reflect.errors import OracleError
 from hf_reflect.oracles.base import Reply, Request, RowFailedError
@@ -44,7 +45,7 @@ class ChatOracle:
         timeout: float = 600.0,
         attempts: int = 5,
     ) -> None:
-        self._url = _checked(url)
+        self._url, self._headers = _checked(url)
         self.url = self.spec = without_secrets(self._url)
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or _hugging_face_token(self._url)
@@ -76,7 +77,8 @@ class ChatOracle:
                 raise self._stop(fault)
             if last or not fault.passing:
                 raise RowFailedError(self._clean(f"{fault.message} (attempt {attempt} of {self.attempts})"))
-            await asyncio.sleep(fault.retry_after or random.uniform(0.25, 0.5) * 2**attempt)
+            backoff = random.uniform(0.25, 0.5) * 2**attempt
+            await asyncio.sleep(backoff if fault.retry_after is None else fault.retry_after)
             attempt += 1
 
     async def _complete_once(self, request: Request) -> Reply:
@@ -99,7 +101,10 @@ class ChatOracle:
 
             # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
             key = self._api_key or "unused"
-            self._client = (os.getpid(), AsyncInferenceClient(base_url=self._url, api_key=key, timeout=self.timeout))
+            client = AsyncInferenceClient(
+                base_url=self._url, api_key=key, headers=dict(self._headers), timeout=self.timeout
+            )
+            self._client = (os.getpid(), client)
         return self._client[1]
 
     def _check_model(self, model: str | None) -> str:
@@ -116,9 +121,9 @@ class ChatOracle:
     def _served_models(self) -> list[str]:
         from huggingface_hub.utils import get_session
 
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        headers = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         try:
-            response = get_session().get(f"{self._url}/models", headers=headers, timeout=30)
+            response = get_session().get(f"{self._url}/models", headers={**headers, **self._headers}, timeout=30)
             status = response.status_code
         except Exception as error:
             fault = read_fault(error, self._api_key)
@@ -161,7 +166,8 @@ def read_completion(output: Any) -> Reply:
     )
 
 
-def _checked(url: str) -> str:
+def _checked(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without user and password, and the header that says those."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
@@ -169,7 +175,9 @@ def _checked(url: str) -> str:
         sound = False
     if not sound:
         raise OracleError("oracle: that is no URL of a server; write it like http://localhost:8000/v1.")
-    return url.rstrip("/")
+    user, _, host = parts.netloc.rpartition("@")
+    basic = {"authorization": "Basic " + b64encode(unquote(user).encode()).decode()} if user else {}
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, "")).rstrip("/"), basic
 
 
 def without_secrets(url: str) -> str:

@@ -114,7 +114,7 @@ def _http_answer(error: BaseException) -> tuple[int | None, str, Any]:
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
     loaded = [(sys.modules[module], name) for module, name in _TRANSPORTS if module in sys.modules]
-    requests = [sys.modules["requests"].ConnectionError] if "requests" in sys.modules else []
+    requests = [sys.modules["requests"].RequestException] if "requests" in sys.modules else []
     return tuple(getattr(module, name) for module, name in loaded) + tuple(requests)
 
 

@@ -150,6 +150,11 @@ class CausalLM:
         result: dict[Tokens, float] = {}
         with self._lock, torch.inference_mode():
             head = self._loaded()
+            known = head.model.get_input_embeddings().weight.shape[0]
+            if (largest := max(max(tokens.ids) for tokens in sequences)) >= known:
+                raise StudentError(
+                    f"student {self.spec}: its tokenizer gives the id {largest}, its model knows {known} tokens."
+                )
             self._budget = self._budget or _token_budget(head)
             todo = deque(batches(sequences, self._budget))
             while todo:
@@ -214,9 +219,6 @@ def _losses(head: Any, batch: list[Tokens]) -> list[float]:
 
     longest = max(len(tokens.ids) for tokens in batch)
     ids = torch.tensor([(*tokens.ids, *([0] * (longest - len(tokens.ids)))) for tokens in batch])
-    known = head.model.get_input_embeddings().weight.shape[0]
-    if ids.max() >= known:
-        raise StudentError(f"student: its tokenizer gives the id {ids.max()}, its model knows {known} tokens.")
     counts = torch.tensor([tokens.scored for tokens in batch])
     rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
     columns = torch.cat([torch.arange(tokens.first, len(tokens.ids)) for tokens in batch])
