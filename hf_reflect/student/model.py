@@ -19,8 +19,8 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 _FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_CPU_BUDGET = 2048
-"""Tokens of a batch on a CPU: enough to keep the cores busy; more only costs memory."""
+_CPU_BUDGET = 1024
+"""Tokens of a batch on a CPU: enough to keep the cores busy; larger ones fall out of its caches."""
 
 
 class CausalLM:
