@@ -283,6 +283,8 @@ class _Select(Transform):
         self._check(batch)
         written = [name for name in row_format.text_columns if name in batch.keys()]  # noqa: SIM118
         own = ["original", f"{self.phase}_decision", "recycled", "ifd", "ifd_score", "rifd", "rifd_score"]
+        if self.phase == "response" and "instruction_reflections" in batch.keys():  # noqa: SIM118
+            own.append("instruction_reflections")
         selected = [self._select(row_format, row) for row in rows_of(batch, row_format.columns)]
         self.done(len(selected))
         return updated(batch, {name: [row.get(name) for row in selected] for name in (*written, *own)})
@@ -298,7 +300,7 @@ class _Select(Transform):
     def _select(self, row_format: RowFormat, row: Row) -> Row:
         reflections = row[f"{self.phase}_reflections"]
         decision = self._decide(row, reflections)
-        chosen: Row = {**row, "original": _original(row_format, row)}
+        chosen: Row = {**row, "original": _original(row_format, row), **_scored_instruction(row)}
         changed = set() if row.get("recycled") in (None, "original") else {row["recycled"]}
         if decision.candidate is not None:
             reflection = reflections[decision.candidate]
@@ -408,6 +410,16 @@ def _original(row_format: RowFormat, row: Row) -> Row | None:
     if untouched:
         known = {**known, "ifd": row.get("ifd_score"), "rifd": row.get("rifd_score")}
     return {"ifd": None, "rifd": None, **known}
+
+
+def _scored_instruction(row: Row) -> dict[str, list[Row]]:
+    """The instruction reflections with the r-IFD of the one that was kept, which phase 2 compares with."""
+    kept = (row.get("instruction_decision") or {}).get("candidate")
+    if kept is None:
+        return {}
+    reflections = [dict(reflection) for reflection in row["instruction_reflections"]]
+    reflections[kept]["rifd"] = row.get("rifd_score")
+    return {"instruction_reflections": reflections}
 
 
 def _proposed(pair: Pair, reflection: Row) -> Pair:

@@ -77,11 +77,16 @@ def _block(title: str, text: str, color: str | None = None) -> str:
 
 def _scores(row: Mapping[str, Any], phase: str) -> str:
     measure = "ifd" if phase == "instruction" else "rifd"
-    rewrites = [(reflection[measure] or {}).get("value") for reflection in row[f"{phase}_reflections"]]
-    current = (row["original"][measure] or {}).get("value")
-    if all(score is None for score in (current, *rewrites)):
+    before = row["original"][measure]
+    kept = row["instruction_decision"]["candidate"]
+    if phase == "response" and kept is not None:  # phase 2 starts from what phase 1 kept
+        before = row["instruction_reflections"][kept][measure]
+    rewrites = [reflection[measure] for reflection in row[f"{phase}_reflections"]]
+    if all(score is None for score in (before, *rewrites)):
         return ""
     name = "IFD" if measure == "ifd" else "r-IFD"
-    shown = ", ".join("–" if score is None else f"{score:.3f}" for score in rewrites)
-    before = "–" if current is None else f"{current:.3f}"
-    return f"{name}: original {before}, rewrite {shown}\n"
+    return f"{name}: before {_value(before)}, rewrite {', '.join(map(_value, rewrites))}\n"
+
+
+def _value(score: Mapping[str, Any] | None) -> str:
+    return "–" if score is None or score["value"] is None else f"{score['value']:.3f}"
