@@ -1,6 +1,8 @@
 """What the commands print."""
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -57,6 +59,21 @@ def pair(row: Mapping[str, Any]) -> str:
             blocks.append(_block(title, reflection["critique"] or "", "yellow"))
         blocks.append(_scores(row, phase) + f"kept: {decision['kept']}, {decision['reason']}")
     return "\n\n".join(blocks)
+
+
+def say_where(out: Path) -> None:
+    """Prints where a result is and how to open it."""
+    typer.echo(f"\nwritten to {out}")
+    typer.echo(f'load it:  datasets.load_dataset("{out}")')
+
+
+def quieten_datasets() -> None:
+    """Where nobody watches, the bars of `datasets` are only noise; what it logs, our own errors say."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def printable(text: str) -> str:

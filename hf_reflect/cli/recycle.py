@@ -8,14 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from hf_reflect.cli import output
-from hf_reflect.cli.score import (
+from hf_reflect.cli.options import (
     BoundaryOption,
     DtypeOption,
+    Limit,
     MaxLength,
     MeasureOption,
+    Name,
+    Out,
+    Overwrite,
+    Source,
+    Split,
     Template,
-    quieten_datasets,
-    say_where,
 )
 
 
@@ -38,10 +42,8 @@ class Keep(StrEnum):
 
 
 def recycle(
-    source: Annotated[
-        str, typer.Argument(help="A Hub id, a folder with a dataset, or a .json, .jsonl, .parquet or .csv file.")
-    ],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    source: Source,
+    out: Out,
     oracle: Annotated[
         str | None,
         typer.Option(
@@ -83,9 +85,9 @@ def recycle(
             metavar="STYLE|FILE",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The configuration of the source, where it has several.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
+    name: Name = None,
+    split: Split = None,
+    limit: Limit = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the oracle's sampling.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest reply in tokens.  [default: 2048; 320 for an embedded oracle]")
@@ -98,7 +100,7 @@ def recycle(
     journal: Annotated[
         Path | None, typer.Option(help="Where replies and scores are kept.  [default: a file under HF_HOME]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another recipe.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Reflect on every pair of SOURCE, let the student decide, and write the recycled dataset to OUT.
 
@@ -138,7 +140,7 @@ def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | 
     from hf_reflect.oracles import Sampling, load_oracle
     from hf_reflect.recycling import recycle as recycle_dataset
 
-    quieten_datasets()
+    output.quieten_datasets()
     oracle_options = {"model": settings.pop("oracle_model", None), "concurrency": concurrency}
     sampling = {key: settings.pop(key) for key in ("max_tokens", "temperature", "top_p") if key in settings}
     if settings.get("student") == "none":
@@ -155,7 +157,7 @@ def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | 
         **options,
     )
     typer.echo(output.summary(recycled.summary))
-    say_where(out)
+    output.say_where(out)
 
 
 def _from_recipe(path: Path) -> dict[str, Any]:

@@ -1,72 +1,27 @@
 """`hf-reflect score` and `hf-reflect select`: filtering by IFD without an oracle."""
 
-import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_reflect.cli.options import (
+    BoundaryOption,
+    By,
+    DtypeOption,
+    Limit,
+    MaxLength,
+    MeasureOption,
+    Name,
+    Out,
+    Overwrite,
+    Source,
+    Split,
+    Template,
+)
+from hf_reflect.cli.output import quieten_datasets, say_where
 from hf_reflect.errors import HfReflectError
-
-
-class Boundary(StrEnum):
-    """Where a target begins."""
-
-    aligned = "aligned"
-    reference = "reference"
-
-
-class Measure(StrEnum):
-    """What a score is the ratio of."""
-
-    ppl = "ppl"
-    loss = "loss"
-
-
-class Dtype(StrEnum):
-    """What the student computes in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class By(StrEnum):
-    """What rows are selected by."""
-
-    ifd = "ifd"
-    rifd = "rifd"
-    ira = "ira"
-    length = "length"
-    random = "random"
-
-
-Source = Annotated[
-    str, typer.Argument(help="A Hub id, a folder with a dataset, or a .json, .jsonl, .parquet or .csv file.")
-]
-Out = Annotated[Path, typer.Argument(help="The folder to write.")]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        help="How a pair is laid out for the student: none, alpaca, vicuna, chat (its own), or a YAML file.  "
-        "[default: none]",
-        metavar="TEMPLATE|FILE",
-    ),
-]
-BoundaryOption = Annotated[
-    Boundary | None,
-    typer.Option(help="aligned: both passes see the same tokens; reference: as the published scripts.  [aligned]"),
-]
-MeasureOption = Annotated[Measure | None, typer.Option(help="A ratio of perplexities or of losses.  [default: ppl]")]
-DtypeOption = Annotated[
-    Dtype | None, typer.Option(help="auto is bfloat16 where the hardware has it.  [default: auto]")
-]
-MaxLength = Annotated[int | None, typer.Option(min=8, help="Longest sequence in tokens.  [default: the model's]")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result with other settings.")]
-Name = Annotated[str | None, typer.Option(help="The configuration of the source, where it has several.")]
-Split = Annotated[str | None, typer.Option(help="Only this split.")]
 
 
 def score(
@@ -80,7 +35,7 @@ def score(
     max_length: MaxLength = None,
     name: Name = None,
     split: Split = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows of each split.")] = None,
+    limit: Limit = None,
     journal: Annotated[
         Path | None, typer.Option(help="Where losses are kept.  [default: a file under HF_HOME]")
     ] = None,
@@ -152,21 +107,6 @@ def select(
         typer.echo(f"{key}: {len(chosen.indices)} of {chosen.rows} rows; {chosen.not_scored} have no score", nl=False)
         typer.echo(f", {chosen.left_out} are not below 1" if below_one else "")
     say_where(out)
-
-
-def say_where(out: Path) -> None:
-    """Prints where a result is and how to open it."""
-    typer.echo(f"\nwritten to {out}")
-    typer.echo(f'load it:  datasets.load_dataset("{out}")')
-
-
-def quieten_datasets() -> None:
-    """Where nobody watches, the bars of `datasets` are only noise; what it logs, our own errors say."""
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def _fraction(top: str) -> float:
