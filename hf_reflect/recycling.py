@@ -24,7 +24,7 @@ from hf_reflect.output import OutputFolder
 from hf_reflect.progress import bars
 from hf_reflect.prompts import Prompts
 from hf_reflect.recipe import Recipe
-from hf_reflect.selection import Keep, Method
+from hf_reflect.selection import Keep, Method, check
 from hf_reflect.sources import load_source
 from hf_reflect.student import Student, load_student
 from hf_reflect.summary import Summary
@@ -132,6 +132,8 @@ def recycle(
     Raises:
         HfReflectError: the source, the oracle, the student or the output can't be used; the message says what to do.
     """
+    check("method", method, Method)
+    check("keep", keep, Keep)
     scored = student not in (None, "none")
     if method == "selective" and not scored:
         raise RecipeError("method selective needs a student; without one only --method reflect is possible.")

@@ -7,12 +7,24 @@ and 9). Both are the same choice among what was there and any number of rewrites
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from hf_reflect.errors import RecipeError
 
 
 Method = Literal["selective", "reflect"]
 Keep = Literal["all", "reflected", "below-one"]
 Recycled = Literal["original", "instruction", "response", "both"]
+
+
+def check(name: str, value: str, known: Any) -> None:
+    """Refuses a value that its type does not list.
+
+    Raises:
+        RecipeError: it is none of them.
+    """
+    if value not in get_args(known):
+        raise RecipeError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
 
 
 @dataclass(frozen=True, slots=True)

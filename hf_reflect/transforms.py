@@ -30,7 +30,7 @@ from hf_reflect.oracles.journaled import JournaledOracle
 from hf_reflect.pairs import Pair, RowFormat, UnreadableRowError, recognise
 from hf_reflect.prompts import Phase, Prompts
 from hf_reflect.reflection import Reflector, proposed, reflect_all
-from hf_reflect.selection import Candidate, Decision, Keep, Method, accept, choose, keep
+from hf_reflect.selection import Candidate, Decision, Keep, Method, accept, check, choose, keep
 from hf_reflect.student import Score, Student, load_student
 
 
@@ -267,6 +267,7 @@ class _Select(Transform):
     measure: ClassVar[Literal["ifd", "rifd"]]
 
     def __init__(self, method: Method = "selective", *, gate_first: bool = False) -> None:
+        check("method", method, Method)
         self.method, self.gate_first = method, gate_first
         super().__init__()
 
@@ -368,6 +369,7 @@ class KeepRecycled(Transform):
     """
 
     def __init__(self, policy: Keep = "all") -> None:
+        check("keep", policy, Keep)
         super().__init__()
         self.policy = policy
 

@@ -1,6 +1,8 @@
 import pytest
 
+from hf_reflect.errors import RecipeError
 from hf_reflect.selection import Candidate, accept, choose, keep
+from hf_reflect.transforms import KeepRecycled, SelectInstruction
 
 
 def scored(*scores):
@@ -122,3 +124,9 @@ def test_a_policy_keeps_rows_by_what_became_of_them(recycled, all_rows, reflecte
 def test_below_one_needs_both_scores_below_one(ifd, rifd, stays):
     assert keep("below-one", "both", ifd, rifd) is stays
     assert keep("reflected", "both", ifd, rifd)
+
+
+@pytest.mark.parametrize("make", [lambda: SelectInstruction("best"), lambda: KeepRecycled("some")])
+def test_an_unknown_method_or_policy_is_refused(make):
+    with pytest.raises(RecipeError, match="must be one of"):
+        make()
