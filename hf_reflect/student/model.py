@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ class CausalLM:
                     raise StudentError(f"student {self.spec}: its tokenizer gives no character offsets (not fast).")
             return self._tokenizer
 
-    @property
+    @cached_property
     def bos(self) -> int | None:
         """The id in front of every text, if there is one; a GGUF file's own metadata decides before the tokenizer."""
         declared = _gguf_adds_bos(self.gguf) if self.gguf else None
@@ -102,7 +102,7 @@ class CausalLM:
             return prepended_bos(self.tokenizer)
         return self.tokenizer.bos_token_id if declared else None
 
-    @property
+    @cached_property
     def max_length(self) -> int:
         """The longest sequence the model was made for, in tokens."""
         from transformers import AutoConfig
