@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,8 +106,3 @@ class Oracle(Protocol):
 def canonical(value: Any) -> str:
     """The one JSON spelling of a value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def usage(replies: Sequence[Reply]) -> tuple[int, int]:
-    """Tokens read and written over several replies; what a server didn't count is taken as none."""
-    return sum(r.prompt_tokens or 0 for r in replies), sum(r.completion_tokens or 0 for r in replies)
