@@ -8,11 +8,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from typing import Any, TypeVar
 
 
 T = TypeVar("T")
 
+_THREAD = "hf_reflect"
 _lock = threading.Lock()
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 
@@ -30,6 +33,15 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         raise
 
 
+def finish(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Runs a coroutine that tidies up, for at most a second; called by the loop's own thread, it doesn't wait."""
+    mine = loop()
+    future = asyncio.run_coroutine_threadsafe(coroutine, mine)
+    if threading.current_thread().name != _THREAD:
+        with suppress(FutureTimeoutError):
+            future.result(1.0)
+
+
 def loop() -> asyncio.AbstractEventLoop:
     """The loop of this process; a forked process gets its own."""
     with _lock:
@@ -37,7 +49,7 @@ def loop() -> asyncio.AbstractEventLoop:
         if mine is None:
             _loops.clear()
             mine = _loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=mine.run_forever, name="hf_reflect", daemon=True).start()
+            threading.Thread(target=mine.run_forever, name=_THREAD, daemon=True).start()
         return mine
 
 

@@ -4,11 +4,13 @@ import asyncio
 import os
 import random
 from base64 import b64encode
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hf_reflect.errors import OracleError
 from hf_reflect.oracles.base import Reply, Request, RowFailedError
+from hf_reflect.oracles.clients import Clients
 from hf_reflect.oracles.faults import Fault, read_fault, redact
 
 
@@ -49,7 +51,7 @@ class ChatOracle:
         self.url = self.spec = without_secrets(self._url)
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or _hugging_face_token(self._url)
-        self._client: tuple[int, Any] | None = None
+        self._clients = Clients(partial(_client, self._url, self._api_key, self._headers, timeout))
         self.name = self._check_model(model)
 
     @property
@@ -83,29 +85,17 @@ class ChatOracle:
 
     async def _complete_once(self, request: Request) -> Reply:
         sampling = request.sampling
-        output = await self._async_client().chat_completion(
-            [dict(message) for message in request.messages],
-            model=self.name,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            response_format=_json_schema(request.schema) if request.schema else None,
-        )
-        return read_completion(output)
-
-    def _async_client(self) -> Any:
-        # One client per process: all calls run on that process's background loop.
-        if self._client is None or self._client[0] != os.getpid():
-            from huggingface_hub import AsyncInferenceClient
-
-            # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
-            key = self._api_key or "unused"
-            client = AsyncInferenceClient(
-                base_url=self._url, api_key=key, headers=dict(self._headers), timeout=self.timeout
+        async with self._clients.borrow() as client:
+            output = await client.chat_completion(
+                [dict(message) for message in request.messages],
+                model=self.name,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                response_format=_json_schema(request.schema) if request.schema else None,
             )
-            self._client = (os.getpid(), client)
-        return self._client[1]
+        return read_completion(output)
 
     def _check_model(self, model: str | None) -> str:
         served = self._served_models()
@@ -142,6 +132,13 @@ class ChatOracle:
 
     def _clean(self, message: str) -> str:
         return redact(message, self._api_key)
+
+
+def _client(url: str, key: str | None, headers: dict[str, str], timeout: float) -> Any:
+    from huggingface_hub import AsyncInferenceClient
+
+    # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
+    return AsyncInferenceClient(base_url=url, api_key=key or "unused", headers=dict(headers), timeout=timeout)
 
 
 def read_completion(output: Any) -> Reply:
