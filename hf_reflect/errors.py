@@ -35,3 +35,7 @@ class RecipeError(HfReflectError):
 
 class JournalError(HfReflectError):
     """The journal can't be opened or written."""
+
+
+class HfReflectWarning(UserWarning):
+    """Something that a person should know about a result."""

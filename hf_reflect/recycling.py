@@ -26,7 +26,7 @@ from hf_reflect.prompts import Prompts
 from hf_reflect.recipe import Recipe
 from hf_reflect.selection import Keep, Method, check
 from hf_reflect.sources import load_source
-from hf_reflect.student import Student, load_student
+from hf_reflect.student import Student, load_student, warn_of_template
 from hf_reflect.summary import Summary
 from hf_reflect.transforms import (
     KeepRecycled,
@@ -177,6 +177,8 @@ def recycle(
         if folder is not None:
             folder.discard()
         raise
+    if judge is not None:
+        warn_of_template(judge, summary.ifd_at_least_one, summary.rows)
     load = partial(_collect, parts, folder, list(splits), source.single)
     return Recycled(recipe, summary, folder.path if folder else None, load)
 

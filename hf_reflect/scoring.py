@@ -1,6 +1,5 @@
 """IFD without an oracle: score a dataset, or select from one, into a folder."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from hf_reflect.progress import bars
 from hf_reflect.ranking import Selected, TopFraction
 from hf_reflect.recipe import TaskRecipe
 from hf_reflect.sources import load_source
-from hf_reflect.student import Student, load_student
+from hf_reflect.student import Student, load_student, warn_of_template
 from hf_reflect.transforms import ScoreIFD, ScoreReversedIFD
 
 
@@ -91,13 +90,7 @@ def score(
                 folder.write("default", key, shard)
         title = f"{folder.path.name}: scored"
         folder.finish(lambda files: render_plain_card(title, files, found.rows, str(output), settings))
-    if found.ifd_at_least_one * 2 > found.rows:
-        warnings.warn(
-            f"{found.ifd_at_least_one} of {found.rows} rows have an IFD of 1 or more: to this student most "
-            f"instructions make their response less likely. An unfamiliar template does that to a base model: "
-            f"template {judge.template.name!r} may not suit it.",
-            stacklevel=2,
-        )
+    warn_of_template(judge, found.ifd_at_least_one, found.rows)
     return found
 
 

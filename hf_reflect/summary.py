@@ -41,6 +41,7 @@ class Summary:
         statuses: Reflections by phase and status.
         decisions: Decisions by phase and reason.
         means: Means before and after, by quantity. Lengths are in characters.
+        ifd_at_least_one: Rows of the source with an IFD of 1 or more.
         spent: What this process paid for.
     """
 
@@ -50,6 +51,7 @@ class Summary:
     statuses: Counter[tuple[str, str]] = field(default_factory=Counter)
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     means: dict[tuple[str, str], Mean] = field(default_factory=dict)
+    ifd_at_least_one: int = 0
     spent: Spent = field(default_factory=Spent)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,6 +73,7 @@ class Summary:
         for part in ("instruction", "response"):
             self._mean(f"{part} length", "before").add(len(original[part]))
             self._mean(f"{part} length", "after").add(len(final[part]))
+        self.ifd_at_least_one += ((original["ifd"] or {}).get("value") or 0) >= 1
         for measure in ("ifd", "rifd"):
             self._mean(measure, "before").add((original[measure] or {}).get("value"))
             self._mean(measure, "after").add((row[f"{measure}_score"] or {}).get("value"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from importlib.resources import files
 
 import pytest
@@ -12,11 +13,11 @@ from typer.testing import CliRunner
 
 from hf_reflect import Journal, ScoreIFD, TopFraction, load_student, recycle, score, select
 from hf_reflect.cli import app
-from hf_reflect.errors import RecipeError, StudentError
+from hf_reflect.errors import HfReflectWarning, RecipeError, StudentError
 from hf_reflect.pairs import Pair
-from hf_reflect.student import model as student_model
 from hf_reflect.student.batching import batches
 from hf_reflect.student.encoding import Encoder, Tokens
+from hf_reflect.student.head import Head
 from hf_reflect.student.templates import Scored
 
 
@@ -134,13 +135,29 @@ def test_a_student_to_whom_most_responses_are_made_harder_is_warned_about(studen
     options = {"student": student, "journal": tmp_path / "j", "dtype": "float32", "progress": False}
     with pytest.warns(UserWarning, match="template"):
         score(Dataset.from_list(hard), tmp_path / "hard-rows", **options)
-    score(Dataset.from_list(easy), tmp_path / "easy-rows", **options)  # a warning is an error where none is expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HfReflectWarning)
+        score(Dataset.from_list(easy), tmp_path / "easy-rows", **options)
+
+
+def test_a_run_is_warned_of_such_a_student_as_well(server, student, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    values = rows.map(ScoreIFD(student, journal=tmp_path / "j", dtype="float32"), batched=True)["ifd"]
+    hard = [row for row, value in zip(ROWS, values, strict=True) if value is not None and value >= 1]
+    rows = tmp_path / "hard.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in hard))
+    arguments = [str(rows), str(tmp_path / "out"), "--oracle", server.url, "--student", student, "--dtype", "float32"]
+    done = CliRunner().invoke(app, ["recycle", *arguments, "--journal", str(tmp_path / "j2")])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert f"{len(hard)} of {len(hard)} rows" in line
+    assert "template" in line
 
 
 def test_a_row_in_which_all_was_rewritten_costs_nine_sequences(server, student, tmp_path, monkeypatch):
     ran = []
-    losses = student_model._losses
-    monkeypatch.setattr(student_model, "_losses", lambda head, batch: ran.extend(batch) or losses(head, batch))
+    losses = Head.mean_losses
+    monkeypatch.setattr(Head, "mean_losses", lambda head, batch: ran.extend(batch) or losses(head, batch))
     rows = Dataset.from_list([{"instruction": f"Say {i}.", "output": f"It is {i} and {i}."} for i in range(12)])
     result = recycle(rows, oracle=server.url, student=student, journal=tmp_path / "j", progress=False)
     both = sum(row["recycled"] == "both" for row in result.reflections)
@@ -160,7 +177,7 @@ def test_a_batch_never_exceeds_its_budget_unless_it_is_a_single_sequence():
 def test_running_out_of_memory_halves_the_batches_and_goes_on(student, tmp_path, monkeypatch):
     pairs = [Pair(f"Say {i}.", f"It is {i} and nothing but {i}. " * 3) for i in range(20)]
     expected = load_student(student, dtype="float32").ifd(pairs, Journal(tmp_path / "calm"))
-    losses, sizes = student_model._losses, []
+    losses, sizes = Head.mean_losses, []
 
     def small(head, batch):
         if len(batch) > 3:
@@ -168,8 +185,7 @@ def test_running_out_of_memory_halves_the_batches_and_goes_on(student, tmp_path,
         sizes.append(len(batch))
         return losses(head, batch)
 
-    monkeypatch.setattr(student_model, "_losses", small)
-    monkeypatch.setattr(student_model, "_MODELS", {}, raising=False)
+    monkeypatch.setattr(Head, "mean_losses", small)
     student_ = load_student(str(save_tiny_model(tmp_path / "same")), dtype="float32")
     scores = student_.ifd(pairs, Journal(tmp_path / "full"))
     assert max(sizes) <= 3
@@ -180,7 +196,7 @@ def test_a_sequence_that_fits_in_no_memory_is_an_error_with_advice(student, tmp_
     def full(head, batch):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(student_model, "_losses", full)
+    monkeypatch.setattr(Head, "mean_losses", full)
     judge = load_student(str(save_tiny_model(tmp_path / "m")), dtype="float32")
     with pytest.raises(StudentError, match="--max-length"):
         judge.ifd([Pair("a", "b c d")], Journal(tmp_path / "j"))

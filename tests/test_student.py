@@ -14,7 +14,8 @@ from hf_reflect.embedded import embedded_model
 from hf_reflect.errors import StudentError
 from hf_reflect.pairs import Pair, Turn
 from hf_reflect.student import Score
-from hf_reflect.student.encoding import Encoder
+from hf_reflect.student.encoding import Encoder, Tokens
+from hf_reflect.student.head import Head
 from hf_reflect.student.model import CausalLM
 from hf_reflect.student.templates import Scored
 
@@ -148,6 +149,35 @@ def test_a_score_depends_neither_on_order_nor_on_neighbours(folder, tmp_path):
         for pair, score in zip(batch, student.ifd(batch, Journal(tmp_path / name)), strict=True):
             if pair in alone:
                 same(score, alone[pair], 1e-5)
+
+
+def packs(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Head(model)
+
+
+def test_sequences_packed_into_one_row_have_the_losses_they_have_alone(folder):
+    head = packs(folder)
+    batch = [Tokens((5, 9, 2, 7, 7, 1), 3), Tokens((4, 8), 1), Tokens(tuple(range(3, 40)), 10), Tokens((5, 9, 6), 2)]
+    with torch.inference_mode():
+        alone = [loss for tokens in batch for loss in head.mean_losses([tokens])]
+        assert not head.packs
+        head.packs = True
+        packed = head.mean_losses(batch)
+    assert packed == pytest.approx(alone, abs=1e-5)
+
+
+def test_packing_is_tried_before_it_is_trusted(folder, monkeypatch):
+    head = packs(folder)
+    assert head.packs_exactly()
+    packed = head._packed
+
+    def run_on(batch):
+        made = packed(batch)
+        return made._replace(positions=torch.arange(made.ids.shape[1])[None])
+
+    monkeypatch.setattr(head, "_packed", run_on)
+    assert not head.packs_exactly()
 
 
 def test_a_response_of_one_token_has_a_score_only_after_a_bos(kind, folder, plain, journal):

@@ -1,13 +1,16 @@
 """What the commands print."""
 
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from hf_reflect.cards import means_table
+from hf_reflect.errors import HfReflectWarning
 from hf_reflect.summary import Summary, final_pair
 
 
@@ -74,6 +77,17 @@ def quieten_datasets() -> None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Says our own warnings in a line each on stderr; those of the libraries are not for the user of a command."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HfReflectWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, HfReflectWarning):
+            typer.echo(f"warning: {warning.message}", err=True)
 
 
 def printable(text: str) -> str:

@@ -147,15 +147,16 @@ def run(source: str, out: Path, settings: dict[str, Any], *, concurrency: int | 
         settings["student"] = None
     student_options = {key: settings.pop(key) for key in _STUDENT_OPTIONS if key in settings}
     oracle = load_oracle(settings.pop("oracle", "local"), **oracle_options)
-    recycled = recycle_dataset(
-        source,
-        out,
-        oracle=oracle,
-        student_options=student_options,
-        sampling=Sampling(**{"max_tokens": oracle.max_tokens, **sampling}),
-        **settings,
-        **options,
-    )
+    with output.one_line_warnings():
+        recycled = recycle_dataset(
+            source,
+            out,
+            oracle=oracle,
+            student_options=student_options,
+            sampling=Sampling(**{"max_tokens": oracle.max_tokens, **sampling}),
+            **settings,
+            **options,
+        )
     typer.echo(output.summary(recycled.summary))
     output.say_where(out)
 

@@ -1,6 +1,5 @@
 """`hf-reflect score` and `hf-reflect select`: filtering by IFD without an oracle."""
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from hf_reflect.cli.options import (
     Split,
     Template,
 )
-from hf_reflect.cli.output import quieten_datasets, say_where
+from hf_reflect.cli.output import one_line_warnings, quieten_datasets, say_where
 from hf_reflect.errors import HfReflectError
 
 
@@ -50,8 +49,7 @@ def score(
     from hf_reflect.scoring import score as score_dataset
 
     quieten_datasets()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with one_line_warnings():
         found = score_dataset(
             source,
             out,
@@ -70,9 +68,6 @@ def score(
     typer.echo(f"rows  {found.rows}")
     for (kind, status), count in sorted(found.statuses.items()):
         typer.echo(f"  {kind} {status}  {count}")
-    for warning in caught:
-        if warning.category is UserWarning and "IFD" in str(warning.message):
-            typer.echo(f"warning: {warning.message}", err=True)
     say_where(out)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_reflect.errors import HfReflectWarning
 from hf_reflect.journal import Journal
 from hf_reflect.pairs import Pair
 from hf_reflect.student.encoding import Boundary, Encoder, Passes, Tokens
@@ -16,7 +18,7 @@ from hf_reflect.student.model import CausalLM, Dtype
 from hf_reflect.student.templates import ChatTemplate, Scored, Template, TextTemplate, load_template
 
 
-__all__ = ["Measure", "Score", "Student", "load_student", "ratio"]
+__all__ = ["Measure", "Score", "Student", "load_student", "ratio", "warn_of_template"]
 
 Measure = Literal["ppl", "loss"]
 
@@ -137,10 +139,12 @@ class Student:
         prefix = f"{self.model.identity}\0{self.model.dtype}\0".encode()
         keys = {tokens: _key(prefix, tokens) for tokens in sequences}
         known = journal.get("loss", keys.values())
-        missing = [tokens for tokens, key in keys.items() if key not in known]
-        computed = self.model.losses(missing) if missing else {}
-        journal.put("loss", {keys[tokens]: loss for tokens, loss in computed.items()})
-        return {tokens: computed[tokens] if tokens in computed else known[key] for tokens, key in keys.items()}
+        losses = {tokens: known[key] for tokens, key in keys.items() if key in known}
+        if missing := [tokens for tokens in keys if tokens not in losses]:
+            for computed in self.model.losses(missing):
+                journal.put("loss", {keys[tokens]: loss for tokens, loss in computed.items()})
+                losses |= computed
+        return losses
 
 
 def load_student(
@@ -193,6 +197,18 @@ def ratio(measure: Measure, conditioned: float, direct: float) -> float | None:
     except (OverflowError, ZeroDivisionError):
         return None
     return value if math.isfinite(value) else None
+
+
+def warn_of_template(student: Student, at_least_one: int, rows: int) -> None:
+    """Warns where most rows score an IFD of 1 or more, which says more about the template than about them."""
+    if at_least_one * 2 > rows:
+        warnings.warn(
+            f"{at_least_one} of {rows} rows have an IFD of 1 or more: to this student most instructions make their "
+            "response less likely. An unfamiliar template does that to a base model: template "
+            f"{student.template.name!r} may not suit it.",
+            HfReflectWarning,
+            stacklevel=3,
+        )
 
 
 def _key(prefix: bytes, tokens: Tokens) -> str:

@@ -136,8 +136,8 @@ class CausalLM:
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported() if cpu else torch.cuda.is_bf16_supported(False)
         return "bfloat16" if native else "float32"
 
-    def losses(self, sequences: Sequence[Tokens]) -> dict[Tokens, float]:
-        """Mean negative log-likelihood of the scored tokens of each sequence, in nats per token.
+    def losses(self, sequences: Sequence[Tokens]) -> Iterator[dict[Tokens, float]]:
+        """Mean negative log-likelihood of the scored tokens of each sequence, in nats per token, batch by batch.
 
         Sequences of like length run together under a budget of tokens. Running out of memory halves the budget and
         goes on. Only one thread computes at a time: a second one would take the same cores.
@@ -147,8 +147,7 @@ class CausalLM:
         """
         import torch
 
-        result: dict[Tokens, float] = {}
-        with self._lock, torch.inference_mode():
+        with self._lock:
             head = self._loaded()
             known = head.model.get_input_embeddings().weight.shape[0]
             if (largest := max(max(tokens.ids) for tokens in sequences)) >= known:
@@ -160,7 +159,8 @@ class CausalLM:
             while todo:
                 batch = todo.popleft()
                 try:
-                    result.update(zip(batch, _losses(head, batch), strict=True))
+                    with torch.inference_mode():
+                        means = head.mean_losses(batch)
                 except torch.OutOfMemoryError as error:
                     if len(batch) == 1:
                         raise StudentError(
@@ -171,7 +171,8 @@ class CausalLM:
                     self._budget = max(1, self._budget // 2)
                     rest = [*batch, *(tokens for others in todo for tokens in others)]
                     todo = deque(batches(rest, self._budget))
-        return result
+                else:
+                    yield dict(zip(batch, means, strict=True))
 
     def _loaded(self) -> Any:
         import torch
@@ -185,13 +186,20 @@ class CausalLM:
 
             from hf_reflect.student.head import Head
 
-            dtype = getattr(torch, self.dtype)
-            model, info = self._load(AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True)
+            options = {"dtype": getattr(torch, self.dtype), **self._attention()}
+            model, info = self._load(AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options)
             if info["missing_keys"]:
                 missing = ", ".join(sorted(info["missing_keys"])[:3])
                 raise StudentError(f"student {self.spec}: its files lack weights ({missing}); it can't score.")
             self._head = (os.getpid(), Head(model.to(self.device).eval()))
         return self._head[1]
+
+    def _attention(self) -> dict[str, str]:
+        """Flash attention where it is installed: it runs sequences end to end in one row, without padding."""
+        from transformers.utils import is_flash_attn_2_available
+
+        flash = self.device.startswith("cuda") and self.dtype == "bfloat16" and is_flash_attn_2_available()
+        return {"attn_implementation": "flash_attention_2"} if flash else {}
 
     def _load(self, from_pretrained: Callable[..., Any], **options: Any) -> Any:
         where = str(self.gguf.parent if self.gguf else self.folder or self.spec)
@@ -211,21 +219,6 @@ class CausalLM:
         from transformers import AutoConfig
 
         return str(getattr(self._load(AutoConfig.from_pretrained), "_commit_hash", None) or "unknown")
-
-
-def _losses(head: Any, batch: list[Tokens]) -> list[float]:
-    """Runs one batch: padded at the right, where a causal model doesn't look, so no mask is needed."""
-    import torch
-
-    longest = max(len(tokens.ids) for tokens in batch)
-    ids = torch.tensor([(*tokens.ids, *([0] * (longest - len(tokens.ids)))) for tokens in batch])
-    counts = torch.tensor([tokens.scored for tokens in batch])
-    rows = torch.repeat_interleave(torch.arange(len(batch)), counts)
-    columns = torch.cat([torch.arange(tokens.first, len(tokens.ids)) for tokens in batch])
-    device = head.model.device
-    losses = head.losses(ids.to(device), rows.to(device), columns.to(device)).double().cpu()
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, losses)
-    return [float(mean) for mean in sums / counts]
 
 
 def _token_budget(head: Any) -> int:
