@@ -28,6 +28,7 @@ def render_card(recipe: Recipe, summary: Summary, data_files: DataFiles, title: 
         title: What the dataset is called.
         location: What `load_dataset` finds it by.
     """
+    prompts = [oracle["prompts"] for oracle in recipe.oracles]
     return _render(
         TEMPLATE,
         metadata=_yaml(_metadata(data_files, summary.rows)),
@@ -36,9 +37,9 @@ def render_card(recipe: Recipe, summary: Summary, data_files: DataFiles, title: 
         source=recipe.source["path"],
         method=recipe.method,
         keep=recipe.keep,
-        oracle=recipe.oracle["identity"]["model"],
+        oracle=", ".join(dict.fromkeys(str(oracle["identity"].get("model")) for oracle in recipe.oracles)),
         student=recipe.student and recipe.student["identity"]["model"],
-        prompts=f"{recipe.prompts['name']}, version {recipe.prompts['version']}",
+        prompts=", ".join(dict.fromkeys(f"{p['name']} version {p['version']}" for p in prompts)),
         recipe_hash=recipe.hash,
         rows=summary.rows,
         kept=summary.kept,

@@ -27,6 +27,8 @@ CALL = pa.struct(
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
+        ("thinking", pa.string()),
+        ("attempts", pa.int64()),
     ]
 )
 REFLECTION = pa.struct(

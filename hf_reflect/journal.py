@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ CREATE TABLE IF NOT EXISTS entries (
 ) WITHOUT ROWID
 """
 _PATIENCE = 60.0  # seconds to wait for other processes
+_DAY = 86_400.0
 _MOST_PARAMETERS = 500  # SQLite's oldest limit is 999
 
 
@@ -41,6 +44,25 @@ def default_path() -> Path:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
     return Path(home) / "hf_reflect" / "journal.sqlite3"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a journal holds of one kind.
+
+    Attributes:
+        count: How many entries.
+        oldest: When the first was made.
+        newest: When the last was made.
+        prompt_tokens: Tokens that the oracles read for them.
+        completion_tokens: Tokens that they wrote.
+    """
+
+    count: int
+    oldest: datetime
+    newest: datetime
+    prompt_tokens: int
+    completion_tokens: int
 
 
 class Journal:
@@ -82,6 +104,63 @@ class Journal:
                 db.execute("ROLLBACK")
                 raise
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk, what waits to be merged included."""
+        beside = [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal")]
+        return sum(file.stat().st_size for file in beside if file.exists())
+
+    def statistics(self) -> dict[str, "Statistics"]:
+        """What there is of each kind."""
+        tokens = [f"total(json_extract(value, '$.{name}'))" for name in ("prompt_tokens", "completion_tokens")]
+        with self._connection() as db:
+            kinds = [kind for (kind,) in db.execute("SELECT DISTINCT kind FROM entries ORDER BY kind DESC")]
+            found = {}
+            for kind in kinds:
+                counted = ", ".join(tokens) if kind == "reply" else "0, 0"
+                query = f"SELECT count(*), min(created), max(created), {counted} FROM entries WHERE kind = ?"
+                count, oldest, newest, read, written = db.execute(query, (kind,)).fetchone()
+                first, last = (datetime.fromtimestamp(at, UTC) for at in (oldest, newest))
+                found[kind] = Statistics(count, first, last, int(read), int(written))
+        return found
+
+    def entries(self, kind: Kind | None = None) -> Iterator[dict[str, Any]]:
+        """Every entry, the oldest first: `kind`, `key`, `value`, and `created` in seconds since 1970."""
+        where, values = _where(kind, None)
+        last: tuple[float, str] = (-1.0, "")
+        while True:
+            with self._connection() as db:  # in pages: a reader must not hold up those who write
+                rows = db.execute(
+                    f"SELECT kind, key, value, created FROM entries WHERE {where} AND (created, key) > (?, ?) "
+                    "ORDER BY created, key LIMIT 1000",
+                    (*values, *last),
+                ).fetchall()
+            for row_kind, key, value, created in rows:
+                yield {"kind": row_kind, "key": key, "value": json.loads(value), "created": created}
+            if not rows:
+                return
+            last = (rows[-1][3], rows[-1][1])
+
+    def prune(self, kind: Kind | None = None, older_than: float | None = None, *, dry: bool = False) -> int:
+        """Forgets entries and gives their space back.
+
+        Args:
+            kind: Only these.
+            older_than: Only those made more than so many days ago.
+            dry: Only count them.
+
+        Returns:
+            How many entries that is.
+        """
+        where, values = _where(kind, older_than)
+        with self._connection() as db:
+            if dry:
+                return int(db.execute(f"SELECT count(*) FROM entries WHERE {where}", values).fetchone()[0])
+            count = db.execute(f"DELETE FROM entries WHERE {where}", values).rowcount
+            db.execute("VACUUM")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return count
+
     def close(self) -> None:
         """Closes the connection; the journal can be used again."""
         with self._lock:
@@ -120,6 +199,15 @@ class Journal:
                 time.sleep(0.02)
             else:
                 return db
+
+
+def _where(kind: Kind | None, older_than: float | None) -> tuple[str, tuple[Any, ...]]:
+    conditions: list[tuple[str, Any]] = []
+    if kind is not None:
+        conditions.append(("kind = ?", kind))
+    if older_than is not None:
+        conditions.append(("created < ?", time.time() - older_than * _DAY))
+    return " AND ".join(["1", *(text for text, _ in conditions)]), tuple(value for _, value in conditions)
 
 
 def _new_lock_after_fork() -> None:

@@ -9,13 +9,16 @@ from hf_reflect.transforms import Transform
 
 
 @contextmanager
-def bars(transforms: Mapping[str, Transform], total: int, *, shown: bool) -> Iterator[None]:
+def bars(
+    transforms: Mapping[str, Transform], total: int, *, shown: bool, note: Callable[[], str] | None = None
+) -> Iterator[None]:
     """A bar for each transform, on a terminal, with rows per second and the time that is left.
 
     Args:
         transforms: By title.
         total: Rows that each will see.
         shown: Whether bars are wanted at all.
+        note: What to say beside the first bar.
     """
     from tqdm.auto import tqdm
 
@@ -28,6 +31,8 @@ def bars(transforms: Mapping[str, Transform], total: int, *, shown: bool) -> Ite
     def watch(bar: Any) -> Callable[[int], None]:
         def done(rows: int) -> None:
             with lock:
+                if note is not None and bar is open_bars[0]:
+                    bar.set_postfix_str(note(), refresh=False)
                 bar.update(rows)
 
         return done

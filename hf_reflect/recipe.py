@@ -1,8 +1,8 @@
 """All that decides the result of a run, as YAML."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from hf_reflect.oracles.base import canonical
 
 FILE = "recipe.yaml"
 
-_REQUIRED = ("source", "method", "keep", "gate_first", "prompts", "oracle")
+_REQUIRED = ("source", "method", "keep", "gate_first", "oracles")
 
 
 class Manifest(Protocol):
@@ -80,20 +80,22 @@ class Recipe:
         method: `selective` or `reflect`.
         keep: The policy for rows that were not recycled.
         gate_first: Whether the gate of IFD < 1 comes before the comparison.
-        prompts: The prompts, whole.
-        oracle: Its spec, its identity and the sampling parameters.
+        oracles: Of each its spec, its identity, the sampling parameters and the prompts, whole.
         student: Its spec and identity; null if nothing was scored.
         version: Of this package.
+        guards: The checks that rewrites had to pass.
+        retry_truncated: The room that a reply that was cut off got the second time; null for no second time.
     """
 
     source: Mapping[str, Any]
     method: str
     keep: str
     gate_first: bool
-    prompts: Mapping[str, Any]
-    oracle: Mapping[str, Any]
+    oracles: Sequence[Mapping[str, Any]]
     student: Mapping[str, Any] | None
     version: str
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    retry_truncated: int | None = None
 
     @property
     def hash(self) -> str:
@@ -104,9 +106,10 @@ class Recipe:
             "method": self.method,
             "keep": self.keep,
             "gate_first": self.gate_first,
-            "prompts": self.prompts,
-            "oracle": {name: value for name, value in self.oracle.items() if name != "spec"},
-            "student": self.student and {name: value for name, value in self.student.items() if name != "spec"},
+            "oracles": [_without_spec(oracle) for oracle in self.oracles],
+            "guards": self.guards,
+            "retry_truncated": self.retry_truncated,
+            "student": self.student and _without_spec(self.student),
         }
         return _hash(decides)
 
@@ -119,9 +122,10 @@ class Recipe:
             "method": self.method,
             "keep": self.keep,
             "gate_first": self.gate_first,
-            "oracle": dict(self.oracle),
+            "guards": dict(self.guards),
+            "retry_truncated": self.retry_truncated,
             "student": None if self.student is None else dict(self.student),
-            "prompts": dict(self.prompts),
+            "oracles": [dict(oracle) for oracle in self.oracles],
         }
         return _dump(data)
 
@@ -144,8 +148,26 @@ class Recipe:
         missing = [name for name in _REQUIRED if name not in data]
         if missing:
             raise RecipeError(f"recipe {file}: lacks {', '.join(missing)}")
-        for name in ("source", "prompts", "oracle", "student"):
+        for name in ("source", "student"):
             if not isinstance(data.get(name), Mapping) and not (name == "student" and data.get(name) is None):
                 raise RecipeError(f"recipe {file}: {name} is not a mapping")
+        if not isinstance(data["oracles"], list) or not data["oracles"]:
+            raise RecipeError(f"recipe {file}: oracles is not a list")
+        for oracle in data["oracles"]:
+            if not isinstance(oracle, Mapping) or not all(
+                isinstance(oracle.get(part), Mapping) for part in ("identity", "sampling", "prompts")
+            ):
+                raise RecipeError(f"recipe {file}: an oracle lacks its identity, sampling or prompts")
         rest = {name: data[name] for name in _REQUIRED}
-        return cls(**rest, student=data.get("student"), version=str(data.get("hf_reflect")))
+        return cls(
+            **rest,
+            student=data.get("student"),
+            version=str(data.get("hf_reflect")),
+            guards=data.get("guards") or {},
+            retry_truncated=data.get("retry_truncated"),
+        )
+
+
+def _without_spec(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines a model's answers: not where it was found."""
+    return {name: value for name, value in model.items() if name != "spec"}

@@ -5,9 +5,11 @@ chain over it, so the oracle answers for one shard while the student scores anot
 holds across all of them. Memory is bounded by the shards in flight.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 from hf_reflect import __version__
 from hf_reflect.cards import render_card
 from hf_reflect.columns import DEFAULT, REFLECTIONS
-from hf_reflect.errors import OutputError, RecipeError, SourceError
+from hf_reflect.errors import OracleError, OutputError, RecipeError, SourceError
+from hf_reflect.guards import Guards
 from hf_reflect.journal import Journal, open_journal
-from hf_reflect.oracles import Oracle, Sampling, load_oracle
-from hf_reflect.oracles.journaled import JournaledOracle
+from hf_reflect.oracles import Sampling
+from hf_reflect.oracles.pace import Limits
 from hf_reflect.output import OutputFolder
 from hf_reflect.progress import bars
 from hf_reflect.prompts import Prompts
 from hf_reflect.recipe import Recipe
 from hf_reflect.selection import Keep, Method, check
-from hf_reflect.sources import load_source
+from hf_reflect.sources import Source, load_source
 from hf_reflect.student import Student, load_student, warn_of_template
 from hf_reflect.summary import Summary
+from hf_reflect.teachers import OracleSpec, Teacher, teachers
 from hf_reflect.transforms import (
     KeepRecycled,
     ReflectInstruction,
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 _SHARD = 200
 _SHARDS_IN_FLIGHT = 5
+_SHARDS_HELD = 25
 _SCORED_TOGETHER = 32
 
 
@@ -79,10 +84,10 @@ class Recycled:
 
 
 def recycle(
-    dataset: "str | Path | Dataset | DatasetDict",
+    dataset: "str | Path | Dataset | DatasetDict | Source",
     output: str | Path | None = None,
     *,
-    oracle: "str | Oracle" = "local",
+    oracle: OracleSpec | Sequence[OracleSpec] = "local",
     student: "str | Student | None" = "local",
     method: Method = "selective",
     keep: Keep = "all",
@@ -92,7 +97,10 @@ def recycle(
     split: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    guards: Guards | None = None,
+    retry_truncated: int | None = None,
     oracle_options: dict[str, Any] | None = None,
     student_options: dict[str, Any] | None = None,
     journal: Journal | str | Path | None = None,
@@ -106,7 +114,8 @@ def recycle(
     Args:
         dataset: A Hub id, a folder, a file, a `Dataset` or a `DatasetDict`.
         output: The folder to write; without one the result is only returned.
-        oracle: Who reflects: `local`, `local:PATH.gguf`, `http(s)://HOST/v1`, or an `Oracle`.
+        oracle: Who reflects: a spec (`local`, `http(s)://HOST/v1`, `tgi:URL`, `hf:MODEL`, ...; see `load_oracle`), an
+            `Oracle`, or several of them, whose rewrites compete.
         student: Who decides: `local`, a Hub id, a folder, a `.gguf` file, or a `Student`. None (or `"none"`) with
             method `reflect`: nothing is scored, and torch is not loaded.
         method: `selective` (arXiv 2402.10110) or `reflect` (arXiv 2310.11716), which keeps every rewrite.
@@ -118,8 +127,14 @@ def recycle(
         split: Only this split.
         limit: Only the first so many rows of each split.
         seed: For the oracle's sampling.
-        sampling: How the oracle samples; by default greedily, at most as many tokens as suit it.
-        oracle_options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`.
+        sampling: How the oracle samples, or the part of it to change; by default greedily, at most as many tokens as
+            suit it.
+        limits: What asking may cost, how fast it may be and how hard it may try. When the budget is reached, rows that
+            were not asked about stay as they were; run again with a larger one to go on.
+        guards: What a rewrite must not do.
+        retry_truncated: Asks once more, with room for so many tokens, where a reply was cut off.
+        oracle_options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`,
+            `pause_after`.
         student_options: What else `load_student` takes with a spec: `template`, `boundary`, `measure`, `dtype`,
             `max_length`.
         journal: Where replies and scores are kept; by default under `HF_HOME`.
@@ -146,45 +161,64 @@ def recycle(
     if not splits:
         raise SourceError(f"{source.provenance['path']}: there are no rows.")
     book = journal if isinstance(journal, Journal) else open_journal(journal)
-    asked = JournaledOracle(load_oracle(oracle, **(oracle_options or {})), book)
-    sampling = sampling or Sampling(max_tokens=asked.oracle.max_tokens)
-    sampling = sampling if seed is None else replace(sampling, seed=seed)
-    prompts = Prompts.load(prompts or asked.oracle.prompts)
+    if seed is not None:
+        sampling = (
+            replace(sampling, seed=seed) if isinstance(sampling, Sampling) else {**(sampling or {}), "seed": seed}
+        )
+    checks = guards or Guards()
     judge = load_student(student, **(student_options or {})) if scored and student is not None else None
-
-    recipe = Recipe(
-        source={**source.provenance, "split": split, "limit": limit},
-        method=method,
-        keep=keep,
-        gate_first=gate_first,
-        prompts=prompts.to_dict(),
-        oracle={
-            "spec": _spec(oracle),
-            "identity": dict(asked.oracle.identity),
-            "sampling": sampling.to_dict(),
-        },
-        student=judge.recipe if judge else None,
-        version=__version__,
-    )
-    steps = chain(asked, judge, prompts, sampling, method, gate_first, book)
-    folder = OutputFolder(output, recipe, overwrite=overwrite) if output is not None else None
-    summary = Summary(spent=asked.spent)
-    try:
-        parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
-        if folder is not None:
-            _publish(folder, recipe, summary, str(output))
-    except BaseException:
-        if folder is not None:
-            folder.discard()
-        raise
+    asked = teachers(oracle, prompts=prompts, sampling=sampling, journal=book, limits=limits, **(oracle_options or {}))
+    with _closing(asked):
+        recipe = Recipe(
+            source={**source.provenance, "split": split, "limit": limit},
+            method=method,
+            keep=keep,
+            gate_first=gate_first,
+            oracles=[{"spec": teacher.spec, **teacher.identity} for teacher in asked],
+            guards=checks.to_dict(),
+            retry_truncated=retry_truncated,
+            student=judge.recipe if judge else None,
+            version=__version__,
+        )
+        steps = chain(
+            asked,
+            judge,
+            method=method,
+            gate_first=gate_first,
+            guards=checks,
+            retry_truncated=retry_truncated,
+            journal=book,
+        )
+        folder = OutputFolder(output, recipe, overwrite=overwrite) if output is not None else None
+        summary = Summary(purse=asked[0].oracle.purse)
+        try:
+            parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
+            if folder is not None:
+                _publish(folder, recipe, summary, str(output))
+        except BaseException:
+            if folder is not None:
+                folder.discard()
+            raise
     if judge is not None:
         warn_of_template(judge, summary.ifd_at_least_one, summary.rows)
     load = partial(_collect, parts, folder, list(splits), source.single)
     return Recycled(recipe, summary, folder.path if folder else None, load)
 
 
-def _spec(model: Any) -> str | None:
-    return model if isinstance(model, str) else getattr(model, "spec", None)
+def _seeded(sampling: Sampling | Mapping[str, Any] | None, seed: int | None) -> Sampling | Mapping[str, Any] | None:
+    if seed is None:
+        return sampling
+    return replace(sampling, seed=seed) if isinstance(sampling, Sampling) else {**(sampling or {}), "seed": seed}
+
+
+@contextmanager
+def _closing(asked: list[Teacher]) -> Iterator[None]:
+    """Ends the use of the oracles, whatever happens: an endpoint may have to be paused."""
+    try:
+        yield
+    finally:
+        for teacher in asked:
+            teacher.close()
 
 
 @dataclass(frozen=True)
@@ -208,18 +242,18 @@ class Step:
 
 
 def chain(
-    oracle: JournaledOracle,
+    teachers: Sequence[Teacher],
     student: Student | None,
-    prompts: Prompts,
-    sampling: Sampling,
+    *,
     method: Method,
     gate_first: bool,
     journal: Journal,
+    **reflecting: Any,
 ) -> list[Step]:
     """The transforms of a run, in order: the same that one would chain by hand."""
 
     def reflect(kind: type[ReflectInstruction] | type[ReflectResponse], title: str) -> Step:
-        return Step(title, kind(oracle, prompts=prompts, sampling=sampling), _SHARD)
+        return Step(title, kind(teachers, journal=journal, **reflecting), _SHARD)
 
     def score(kind: type[ScoreIFD] | type[ScoreReversedIFD], title: str) -> list[Step]:
         return [] if student is None else [Step(title, kind(student, journal=journal), _SCORED_TOGETHER)]
@@ -248,21 +282,33 @@ def _run(
     keep: KeepRecycled,
     summary: Summary,
     folder: OutputFolder | None,
-    oracle: JournaledOracle,
+    asked: list[Teacher],
     progress: bool,
 ) -> Parts:
     """Maps the chain over all splits; gives the parts of each config and split, unless they went to a folder."""
     parts: Parts = {}
     shards = [(key, start) for key, rows in splits.items() for start in range(0, len(rows), _SHARD)]
+    stopped = threading.Event()
 
     def work(shard: tuple[str, int]) -> tuple["Dataset", "Dataset"]:
         split, start = shard
         rows = splits[split]
         return _recycle_shard(rows, start, min(start + _SHARD, len(rows)), steps, keep)
 
+    def check() -> None:
+        if stopped.is_set():
+            raise OracleError("the run was stopped.")
+
+    def stop() -> None:
+        stopped.set()
+        for teacher in asked:
+            teacher.oracle.stop()
+
+    for step in steps:
+        step.transform.check = check
     slow = {step.title: step.transform for step in steps if step.slow}
-    with bars(slow, sum(map(len, splits.values())), shown=progress):
-        for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, oracle.stop), strict=True):
+    with bars(slow, sum(map(len, splits.values())), shown=progress, note=summary.purse.describe):
+        for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, stop), strict=True):
             summary.add(reflections)
             summary.kept += len(default)
             for config, rows in (("default", default), ("reflections", reflections)):
@@ -298,34 +344,32 @@ def _original_scores(batch: Any) -> Any:
 
 
 def _in_flight(work: Callable[[Any], Any], items: list[Any], stop: Callable[[], None]) -> Iterator[Any]:
-    """Results of `work`, in order, with a few items in threads at once; an error stops them all."""
+    """Results of `work`, in order, with a few items in threads at once; an error stops them all.
+
+    An item that takes long holds up no other: those behind it go on, up to a number that bounds the memory.
+    """
+    pool = ThreadPoolExecutor(_SHARDS_IN_FLIGHT, thread_name_prefix="hf_reflect-shard")
     waiting: deque[Future[Any]] = deque()
     todo = iter(items)
-    with ThreadPoolExecutor(_SHARDS_IN_FLIGHT, thread_name_prefix="hf_reflect-shard") as pool:
-        try:
-            while True:
-                while len(waiting) < _SHARDS_IN_FLIGHT and (item := next(todo, None)) is not None:
-                    waiting.append(pool.submit(work, item))
-                if not waiting:
-                    return
-                _raise_first_error(waiting)
+    try:
+        while True:
+            while sum(not future.done() for future in waiting) < _SHARDS_IN_FLIGHT and len(waiting) < _SHARDS_HELD:
+                if (item := next(todo, None)) is None:
+                    break
+                waiting.append(pool.submit(work, item))
+            if not waiting:
+                break
+            done, _ = wait([future for future in waiting if not future.done()] or waiting, None, FIRST_COMPLETED)
+            for future in done:
+                future.result()  # an error of any ends the run at once
+            while waiting and waiting[0].done():
                 yield waiting.popleft().result()
-        except BaseException:
-            stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _raise_first_error(waiting: deque[Future[Any]]) -> None:
-    """Waits for the first shard, but not past an error of any."""
-    from concurrent.futures import FIRST_COMPLETED, wait
-
-    pending = set(waiting)
-    while not waiting[0].done():
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            if error := future.exception():
-                raise error
+    except BaseException:
+        stop()
+        # Not waited for: whoever pressed Ctrl-C gets the prompt back, and what is under way is of no use any more.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _publish(folder: OutputFolder, recipe: Recipe, summary: Summary, location: str) -> None:

@@ -1,10 +1,12 @@
 """Ask the oracle about a pair, read its reply, give a `Reflection`. Never raises for a row."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from hf_reflect import guards
+from hf_reflect.guards import Guards
 from hf_reflect.oracles.base import Reply, Request, RowFailedError, Sampling
 from hf_reflect.pairs import Pair
 from hf_reflect.prompts import Phase, Prompts
@@ -15,11 +17,12 @@ from hf_reflect.replies import (
     parse_json,
     parse_markers,
     says_already_good,
+    split_thinking,
     undress,
 )
 
 
-Status = Literal["ok", "unchanged", "unparsed", "truncated", "refused", "empty", "failed", "skipped"]
+Status = Literal["ok", "unchanged", "unparsed", "truncated", "refused", "empty", "failed", "skipped"] | guards.Status
 
 Ask = Callable[[Request], Awaitable[Reply]]
 """Asks the oracle; raises `RowFailedError` when this one request has no answer."""
@@ -35,6 +38,12 @@ class Call:
 
     Attributes:
         part: Which part of the prompts asked for it (`user`, or a stage).
+        text: The answer.
+        finish_reason: `stop`, `length`, or whatever the server said.
+        prompt_tokens: Tokens read.
+        completion_tokens: Tokens written, thinking included.
+        thinking: What a reasoning model thought first.
+        attempts: How many calls it took.
     """
 
     part: str
@@ -42,6 +51,8 @@ class Call:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    thinking: str | None = None
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Reflector:
         prompts: The prompts to ask with.
         sampling: How to sample.
         phase: What is reflected on.
+        guards: What a rewrite must not do.
+        retry_truncated: Asks once more, with room for so many tokens, where a reply was cut off.
     """
 
     ask: Ask
@@ -92,6 +105,8 @@ class Reflector:
     prompts: Prompts
     sampling: Sampling
     phase: Phase
+    guards: Guards = field(default_factory=Guards)
+    retry_truncated: int | None = None
     _styles: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +124,7 @@ class Reflector:
         try:
             rewrite = await self._styles[self.prompts.style](pair, calls)
         except RowFailedError as error:
-            return self._give("failed", str(error), calls=calls)
+            return self._give(error.status, str(error), calls=calls)
         except _NoRewriteError as error:
             return self._give(error.status, error.reason, error.rewrite, calls)
         return self._judge(pair, rewrite, calls)
@@ -168,15 +183,27 @@ class Reflector:
     ) -> str:
         sampling = sampling or self.sampling
         request = Request(self.prompts.messages(self.phase, part, pair, values), sampling, schema)
-        reply = await self.ask(request)
-        calls.append(Call(part, reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens))
-        if reply.finish_reason == "content_filter":
+        call = await self._ask(part, request, calls)
+        if call.finish_reason == "length" and self.retry_truncated and sampling == self.sampling:
+            sampling = replace(sampling, max_tokens=self.retry_truncated)
+            call = await self._ask(part, replace(request, sampling=sampling), calls)
+        if call.finish_reason == "content_filter":
             raise _NoRewriteError("refused", "the server's content filter stopped the reply")
-        if reply.finish_reason == "length":
+        if call.finish_reason == "length":
             raise _NoRewriteError("truncated", f"the reply reached its limit of {sampling.max_tokens} tokens")
-        if not reply.text.strip():
+        if not call.text.strip():
             raise _NoRewriteError("empty", "the oracle replied with nothing")
-        return reply.text.strip()
+        return call.text.strip()
+
+    async def _ask(self, part: str, request: Request, calls: list[Call]) -> Call:
+        reply = await self.ask(request)
+        thinking, text = split_thinking(reply.text)
+        thinking = "\n".join(filter(None, (reply.thinking, thinking))) or None
+        call = Call(
+            part, text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens, thinking, reply.attempts
+        )
+        calls.append(call)
+        return call
 
     def _judge(self, pair: Pair, rewrite: Rewrite, calls: list[Call]) -> Reflection:
         if rewrite.unchanged:
@@ -185,8 +212,11 @@ class Reflector:
             return self._give("empty", "the rewrite is blank", Rewrite(rewrite.critique), calls)
         if is_refusal(rewrite.response) and not is_refusal(pair.response):
             return self._give("refused", "the new response declines", Rewrite(rewrite.critique), calls)
-        if _stripped(proposed(pair, rewrite.instruction, rewrite.input, rewrite.response)) == _stripped(pair):
+        after = proposed(pair, rewrite.instruction, rewrite.input, rewrite.response)
+        if _stripped(after) == _stripped(pair):
             return self._give("unchanged", "the rewrite is the original, word for word", rewrite, calls)
+        if finding := self.guards.check(pair, after, rewrite.critique):
+            return self._give(*finding, Rewrite(rewrite.critique), calls)
         return self._give("ok", None, rewrite, calls)
 
     def _give(
@@ -218,17 +248,30 @@ def _stripped(pair: Pair) -> Pair:
     return pair.replace(instruction=pair.instruction.strip(), input=pair.input.strip(), response=pair.response.strip())
 
 
-async def reflect_all(reflector: Reflector, pairs: list[Pair | str], done: Callable[[int], None]) -> list[Reflection]:
-    """Reflections on many pairs at once, in order; a string in place of a pair says why its row holds none.
+async def reflect_all(
+    reflectors: Sequence[Reflector], pairs: Sequence[Pair | str], done: Callable[[int], None]
+) -> list[list[Reflection]]:
+    """Every reflector's reflection on every pair, all at once.
+
+    Args:
+        reflectors: Of one phase.
+        pairs: What to reflect on; a string in place of a pair says why its row holds none.
+        done: Called with 1 whenever a pair is done.
+
+    Returns:
+        For each pair, in order, its reflections in the order of the reflectors.
 
     Raises:
         OracleError: asking on is useless; calls still in flight are cancelled.
     """
 
-    async def one(pair: Pair | str) -> Reflection:
-        reflection = Reflection("skipped", pair) if isinstance(pair, str) else await reflector.reflect(pair)
+    async def one(pair: Pair | str) -> list[Reflection]:
+        if isinstance(pair, str):
+            reflections = [Reflection("skipped", pair) for _ in reflectors]
+        else:
+            reflections = list(await asyncio.gather(*(reflector.reflect(pair) for reflector in reflectors)))
         done(1)
-        return reflection
+        return reflections
 
     tasks = [asyncio.ensure_future(one(pair)) for pair in pairs]
     try:

@@ -38,6 +38,28 @@ _REFUSAL = re.compile(
 _ALREADY_GOOD = re.compile(r"\W*already\s+good\W*", re.IGNORECASE)
 
 
+_THINKING = re.compile(r"\s*(?:<(think|thinking|reasoning)>|\[(THINK)\])", re.IGNORECASE)
+_THOUGHT = re.compile(r"(?:</(?:think|thinking|reasoning)>|\[/THINK\])[ \t]*(?:\n\s*|$)", re.IGNORECASE)
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """What a reasoning model thought first, and its answer; a reply cut off in mid-thought has an empty answer.
+
+    Some chat templates open the thought themselves, so a reply may begin within it and only close it.
+    """
+    opened = _THINKING.match(text)
+    if opened:
+        tag = opened[1] or opened[2]
+        close = re.search(rf"</{tag}>|\[/{tag}\]", text, re.IGNORECASE)
+        if close is None:
+            return text[opened.end() :].strip(), ""
+        return text[opened.end() : close.start()].strip(), text[close.end() :].lstrip()
+    closed = _THOUGHT.search(text)
+    if closed is None or re.search(r"<(?:think|thinking|reasoning)>|\[THINK\]", text[: closed.start()], re.IGNORECASE):
+        return None, text
+    return text[: closed.start()].strip(), text[closed.end() :]
+
+
 def is_refusal(text: str) -> bool:
     """Whether a text opens by declining to do what it was asked."""
     return _REFUSAL.match(text) is not None

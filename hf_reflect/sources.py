@@ -33,7 +33,7 @@ class Source:
 
 
 def load_source(
-    source: "str | Path | Dataset | DatasetDict",
+    source: "str | Path | Dataset | DatasetDict | Source",
     *,
     name: str | None = None,
     split: str | None = None,
@@ -43,7 +43,8 @@ def load_source(
     """Reads a source and checks that its rows can be recycled.
 
     Args:
-        source: A Hub id, a folder, a `.json`, `.jsonl`, `.parquet` or `.csv` file, a `Dataset` or a `DatasetDict`.
+        source: A Hub id, a folder, a `.json`, `.jsonl`, `.parquet` or `.csv` file, a `Dataset`, a `DatasetDict`, or a
+            source already.
         name: The configuration, where a Hub dataset or a folder has several.
         split: Only this split; by default all of them.
         limit: Only the first so many rows of each split.
@@ -57,7 +58,10 @@ def load_source(
 
     if isinstance(source, IterableDataset | IterableDatasetDict):
         raise SourceError("a streaming dataset has no end to write: map the transforms over it yourself, or load it.")
-    if isinstance(source, str | Path):
+    loaded: Any
+    if isinstance(source, Source):
+        loaded, provenance = DatasetDict(source.splits), dict(source.provenance)
+    elif isinstance(source, str | Path):
         loaded, provenance = _load(source, name)
     else:
         loaded, provenance = source, {"path": "in memory", "fingerprint": _fingerprint(source)}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_reflect.oracles.journaled import Spent
+from hf_reflect.oracles.purse import Purse, Spent
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Summary:
         decisions: Decisions by phase and reason.
         means: Means before and after, by quantity. Lengths are in characters.
         ifd_at_least_one: Rows of the source with an IFD of 1 or more.
-        spent: What this process paid for.
+        purse: What this process paid for, and the prices.
     """
 
     rows: int = 0
@@ -52,7 +52,12 @@ class Summary:
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     means: dict[tuple[str, str], Mean] = field(default_factory=dict)
     ifd_at_least_one: int = 0
-    spent: Spent = field(default_factory=Spent)
+    purse: Purse = field(default_factory=Purse)
+
+    @property
+    def spent(self) -> Spent:
+        """What this process paid for."""
+        return self.purse.spent
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Takes rows of config `reflections` into account."""

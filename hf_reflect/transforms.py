@@ -15,7 +15,7 @@ never a connection, a counter or a key.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,15 +23,17 @@ from weakref import WeakValueDictionary
 
 from hf_reflect import background
 from hf_reflect.columns import not_text, rows_of, updated
+from hf_reflect.guards import Guards
 from hf_reflect.journal import Journal, open_journal
-from hf_reflect.oracles import Oracle, Sampling, load_oracle
+from hf_reflect.oracles import Sampling
 from hf_reflect.oracles.base import canonical
-from hf_reflect.oracles.journaled import JournaledOracle
+from hf_reflect.oracles.pace import Limits
 from hf_reflect.pairs import Pair, RowFormat, UnreadableRowError, recognise
 from hf_reflect.prompts import Phase, Prompts
 from hf_reflect.reflection import Reflector, proposed, reflect_all
 from hf_reflect.selection import Candidate, Decision, Keep, Method, accept, check, choose, keep
 from hf_reflect.student import Score, Student, load_student
+from hf_reflect.teachers import OracleSpec, Teacher, teachers
 
 
 Row = dict[str, Any]
@@ -49,8 +51,11 @@ class Transform(ABC):
     done: Callable[[int], None]
     """Called with a number of rows whenever that many are done."""
 
+    check: Callable[[], None]
+    """Called now and then while a batch is worked on; what it raises ends the work."""
+
     def __init__(self) -> None:
-        self.done = _nothing
+        self.done, self.check = _nothing, _nothing
 
     @property
     @abstractmethod
@@ -89,47 +94,58 @@ class _Reflect(Transform):
 
     def __init__(
         self,
-        oracle: "str | Oracle | JournaledOracle" = "local",
+        oracle: OracleSpec | Sequence[OracleSpec] = "local",
         *,
         prompts: str | Path | Prompts | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         journal: Journal | str | Path | None = None,
+        limits: Limits | None = None,
+        guards: Guards | None = None,
+        retry_truncated: int | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(oracle, JournaledOracle):
-            self.oracle = oracle
-        else:
-            self.oracle = JournaledOracle(load_oracle(oracle, **options), _journal(journal))
-        asked = self.oracle.oracle
-        self.prompts = Prompts.load(prompts or asked.prompts)
-        self.sampling = sampling or Sampling(max_tokens=asked.max_tokens)
+        self.teachers = teachers(
+            oracle, prompts=prompts, sampling=sampling, journal=_journal(journal), limits=limits, **options
+        )
+        self.guards, self.retry_truncated = guards or Guards(), retry_truncated
+        self._given = {"prompts": prompts and Prompts.load(prompts), "sampling": sampling}
         super().__init__()
 
     @property
     def identity(self) -> dict[str, Any]:
         return {
             "transform": type(self).__name__,
-            "oracle": dict(self.oracle.oracle.identity),
-            "prompts": self.prompts.to_dict(),
-            "sampling": self.sampling.to_dict(),
+            "oracles": [teacher.identity for teacher in self.teachers],
+            "guards": self.guards.to_dict(),
+            "retry_truncated": self.retry_truncated,
         }
 
     @property
     def arguments(self) -> dict[str, Any] | None:
-        oracle = self.oracle.oracle
-        spec = getattr(oracle, "spec", None)
-        model = {"model": oracle.name} if oracle.identity.get("kind") == "chat" else {}
-        return spec and {"oracle": spec, "prompts": self.prompts, "sampling": self.sampling, **model}
+        specs = list(dict.fromkeys(teacher.spec for teacher in self.teachers))
+        if None in specs:
+            return None
+        return {"oracle": specs, **self._given, "guards": self.guards, "retry_truncated": self.retry_truncated}
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         row_format = recognise(batch.keys())
         why = not_text(batch, row_format.columns)
         pairs = [why or _read_or_why(row_format, row) for row in rows_of(batch, row_format.columns)]
-        name = self.oracle.oracle.name
-        reflector = Reflector(self.oracle.ask, name, self.prompts, self.sampling, self.phase)
-        reflections = background.run(reflect_all(reflector, pairs, self.done))
-        column = [[{**reflection.to_dict(), "ifd": None, "rifd": None}] for reflection in reflections]
+        reflectors = [self._reflector(teacher) for teacher in self.teachers]
+        reflections = background.run(reflect_all(reflectors, pairs, self.done))
+        column = [[{**one.to_dict(), "ifd": None, "rifd": None} for one in several] for several in reflections]
         return updated(batch, {f"{self.phase}_reflections": column})
+
+    def _reflector(self, teacher: Teacher) -> Reflector:
+        return Reflector(
+            teacher.oracle.ask,
+            teacher.name,
+            teacher.prompts,
+            teacher.sampling,
+            self.phase,
+            self.guards,
+            self.retry_truncated,
+        )
 
 
 class ReflectInstruction(_Reflect):
@@ -138,10 +154,14 @@ class ReflectInstruction(_Reflect):
     Adds the column `instruction_reflections`; the row itself is not changed.
 
     Args:
-        oracle: A spec (`local`, `local:PATH.gguf`, `http://HOST/v1`) or an oracle.
+        oracle: A spec (such as `local` or `http://HOST/v1`; see `load_oracle`), an oracle, or several, whose
+            rewrites compete.
         prompts: A style (`paper`, `json`, `staged`), a YAML file, or `Prompts`; by default what suits the oracle.
         sampling: How to sample; by default greedily, at most as many tokens as suit the oracle.
         journal: Where replies are kept; by default under `HF_HOME`.
+        limits: What asking may cost and how hard it may try.
+        guards: What a rewrite must not do.
+        retry_truncated: Asks once more, with room for so many tokens, where a reply was cut off.
         **options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`.
 
     Raises:
@@ -161,6 +181,9 @@ class ReflectResponse(_Reflect):
         prompts: As for `ReflectInstruction`.
         sampling: As for `ReflectInstruction`.
         journal: As for `ReflectInstruction`.
+        limits: As for `ReflectInstruction`.
+        guards: As for `ReflectInstruction`.
+        retry_truncated: As for `ReflectInstruction`.
         **options: As for `ReflectInstruction`.
 
     Raises:
@@ -238,7 +261,7 @@ class ScoreIFD(_Score):
     measure = "ifd"
 
     def score(self, pairs: list[Pair]) -> list[Score]:
-        return self.student.ifd(pairs, self.journal)
+        return self.student.ifd(pairs, self.journal, self.check)
 
 
 class ScoreReversedIFD(_Score):
@@ -259,7 +282,7 @@ class ScoreReversedIFD(_Score):
     measure = "rifd"
 
     def score(self, pairs: list[Pair]) -> list[Score]:
-        return self.student.reversed_ifd(pairs, self.journal)
+        return self.student.reversed_ifd(pairs, self.journal, self.check)
 
 
 class _Select(Transform):
@@ -439,5 +462,5 @@ def _journal(journal: Journal | str | Path | None) -> Journal:
     return journal if isinstance(journal, Journal) else open_journal(journal)
 
 
-def _nothing(_: int) -> None:
+def _nothing(*_: int) -> None:
     """Where nobody watches the progress."""

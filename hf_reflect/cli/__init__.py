@@ -1,12 +1,13 @@
 """The command line: `hf-reflect`, or `hf reflect` where it is installed as an extension of `hf`."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from hf_reflect import __version__
-from hf_reflect.cli import demo, recycle, score, show
+from hf_reflect.cli import demo, estimate, journal, recycle, score, show
 from hf_reflect.errors import HfReflectError
 
 
@@ -19,9 +20,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("recycle")(recycle.recycle)
+app.command("estimate")(estimate.estimate)
+app.command("reselect")(recycle.reselect)
 app.command("score")(score.score)
 app.command("select")(score.select)
 app.command("show")(show.show)
+app.add_typer(journal.app, name="journal")
 app.command("demo")(demo.demo)
 
 
@@ -49,4 +53,6 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("stopped: what was paid for is in the journal; run the same command again to go on.", err=True)
-        sys.exit(130)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # threads in the middle of a product of matrices would otherwise be waited for

@@ -32,11 +32,13 @@ def summary(result: Summary) -> str:
         lines += [(f"  reflections {s}", f"{n}") for (p, s), n in sorted(result.statuses.items()) if p == phase]
         lines += [(f"  decisions {r}", f"{n}") for (p, r), n in sorted(result.decisions.items()) if p == phase]
     lines += [(f"mean {quantity}", f"{before} -> {after}") for quantity, (before, after) in means_table(result)]
-    spent = result.spent
+    spent, cost = result.spent, result.purse.cost
     lines += [
         ("calls to the oracle", f"{spent.calls}, and {spent.recalled} answered from the journal"),
         ("tokens spent", f"{spent.prompt_tokens} read, {spent.completion_tokens} written"),
     ]
+    lines += [("calls that failed", str(spent.failed_calls))] if spent.failed_calls else []
+    lines += [] if cost is None else [("cost", f"{cost:.2f}")]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 

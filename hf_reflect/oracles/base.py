@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,52 @@ class Reply:
         finish_reason: `stop`, `length`, `content_filter`, or whatever the server says.
         prompt_tokens: Tokens read, as the server counts them; null if it doesn't say.
         completion_tokens: Tokens written, likewise.
+        thinking: What a reasoning model thought first, where the server keeps it apart.
+        attempts: How many calls it took.
     """
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    thinking: str | None = None
+    attempts: int = 1
 
     def __post_init__(self) -> None:
         # JSON can spell half a surrogate pair, which neither Arrow nor SQLite can hold.
-        object.__setattr__(self, "text", self.text.encode("utf-8", "replace").decode("utf-8"))
+        for name in ("text", "thinking"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, value.encode("utf-8", "replace").decode("utf-8"))
 
 
 class RowFailedError(Exception):
-    """The oracle did not answer this one request; the message says why. The row stays as it is."""
+    """The oracle has no answer to this one request; the message says why. The row stays as it is.
+
+    Args:
+        message: Why.
+        status: The status of the reflection: `failed`, or `skipped` where nothing was asked.
+    """
+
+    def __init__(self, message: str, status: Literal["failed", "skipped"] = "failed") -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class PassingError(Exception):
+    """A call failed in a way that may pass: the same request is worth another try.
+
+    Args:
+        message: What happened, in a few words.
+        retry_after: Seconds the server asks to wait.
+        throttled: The server has too much to do: fewer calls at once are called for.
+        advice: What a person can do if it lasts.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, throttled: bool = False, advice: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.retry_after, self.throttled, self.advice = retry_after, throttled, advice
 
 
 @runtime_checkable
@@ -94,9 +126,10 @@ class Oracle(Protocol):
     def identity(self) -> Mapping[str, Any]: ...
 
     async def complete(self, request: Request) -> Reply:
-        """Answers one request.
+        """Answers one request, or fails at it once: trying again is not its business.
 
         Raises:
+            PassingError: it failed in a way that may pass.
             RowFailedError: this request has no answer.
             OracleError: no request will have one; the run stops.
         """

@@ -1,25 +1,70 @@
 """An oracle behind an OpenAI-compatible chat endpoint: vLLM, SGLang, llama.cpp, TGI's Messages API and the like."""
 
-import asyncio
 import os
-import random
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hf_reflect.errors import OracleError
-from hf_reflect.oracles.base import Reply, Request, RowFailedError
+from hf_reflect.oracles.base import PassingError, Reply, Request, RowFailedError
 from hf_reflect.oracles.clients import Clients
-from hf_reflect.oracles.faults import Fault, read_fault, redact
+from hf_reflect.oracles.faults import Fault, failure, raised, redact
 
 
 API_KEY_VARIABLE = "HF_REFLECT_API_KEY"
 _HUGGING_FACE_HOSTS = (".huggingface.co", ".huggingface.cloud", ".hf.co", ".hf.space")
 
 
-class ChatOracle:
-    """Asks a chat endpoint through huggingface_hub's async client.
+class ChatClient:
+    """What all oracles have in common that are asked through huggingface_hub's chat completion.
+
+    Args:
+        spec: What `load_oracle` finds it by, without secrets.
+        name: The model's name at the server.
+        client: Arguments of huggingface_hub's `AsyncInferenceClient`.
+        concurrency: Calls in flight at once.
+    """
+
+    prompts = "paper"
+    max_tokens = 2048
+
+    def __init__(self, spec: str, name: str, client: Mapping[str, Any], concurrency: int) -> None:
+        self.spec, self.name, self.concurrency = spec, name, concurrency
+        self._api_key = client.get("api_key")
+        self._clients = Clients(partial(_make_client, dict(client)))
+
+    async def complete(self, request: Request) -> Reply:
+        """Answers one request.
+
+        Raises:
+            PassingError: it failed in a way that may pass.
+            RowFailedError: this request has no answer.
+            OracleError: no request will have one.
+        """
+        sampling = request.sampling
+        try:
+            async with self._clients.borrow() as client:
+                output = await client.chat_completion(
+                    [dict(message) for message in request.messages],
+                    model=self.name,
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=sampling.seed,
+                    response_format=_json_schema(request.schema) if request.schema else None,
+                )
+        except Exception as error:
+            meant = failure(error, self.spec.partition("#")[0], self._api_key)
+            if meant is None:  # a bug, not an answer
+                raise
+            raise meant from error
+        return read_completion(output)
+
+
+class ChatOracle(ChatClient):
+    """Asks the server at a URL.
 
     Args:
         url: The base of the API, usually ending in `/v1`.
@@ -28,14 +73,11 @@ class ChatOracle:
             Hugging Face your own token. Another host never gets your Hugging Face token.
         concurrency: Calls in flight at once.
         timeout: Seconds to wait for one reply.
-        attempts: Tries per request, where the failure may pass.
+        headers: Sent with every request.
 
     Raises:
         OracleError: the server does not answer, refuses the key, or does not serve the model.
     """
-
-    prompts = "paper"
-    max_tokens = 2048
 
     def __init__(
         self,
@@ -45,100 +87,73 @@ class ChatOracle:
         api_key: str | None = None,
         concurrency: int = 16,
         timeout: float = 600.0,
-        attempts: int = 5,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._url, self._headers = _checked(url)
-        self.url = self.spec = without_secrets(self._url)
-        self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
-        self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or _hugging_face_token(self._url)
-        self._clients = Clients(partial(_client, self._url, self._api_key, self._headers, timeout))
-        self.name = self._check_model(model)
+        address, basic = checked(url)
+        self.url, sent = without_secrets(address), {**(headers or {}), **basic}
+        key = api_key or os.environ.get(API_KEY_VARIABLE) or hugging_face_token(address)
+        name = _model_served(address, self.url, model, key, sent)
+        # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
+        client = {"base_url": address, "api_key": key or "unused", "headers": sent, "timeout": timeout}
+        super().__init__(f"{self.url}#{name}", name, client, concurrency)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The endpoint and the model."""
         return {"kind": "chat", "url": self.url, "model": self.name}
 
-    async def complete(self, request: Request) -> Reply:
-        """Answers one request, trying again where the failure may pass.
 
-        Raises:
-            RowFailedError: this request has no answer.
-            OracleError: no request will have one.
-        """
-        attempt = 1
-        while True:
-            try:
-                return await self._complete_once(request)
-            except Exception as error:
-                fault = read_fault(error, self._api_key)
-                if fault is None:  # a bug, not an answer
-                    raise
-            last = attempt == self.attempts
-            if fault.lasting or (last and fault.unreachable):
-                raise self._stop(fault)
-            if last or not fault.passing:
-                raise RowFailedError(self._clean(f"{fault.message} (attempt {attempt} of {self.attempts})"))
-            backoff = random.uniform(0.25, 0.5) * 2**attempt
-            await asyncio.sleep(backoff if fault.retry_after is None else fault.retry_after)
-            attempt += 1
-
-    async def _complete_once(self, request: Request) -> Reply:
-        sampling = request.sampling
-        async with self._clients.borrow() as client:
-            output = await client.chat_completion(
-                [dict(message) for message in request.messages],
-                model=self.name,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                response_format=_json_schema(request.schema) if request.schema else None,
-            )
-        return read_completion(output)
-
-    def _check_model(self, model: str | None) -> str:
-        served = self._served_models()
-        if model is None:
-            if len(served) == 1:
-                return served[0]
-            known = f"it serves {', '.join(served)}" if served else "it does not say which models it serves"
-            raise OracleError(f"oracle {self.url}: name a model with --oracle-model ({known}).")
-        if served and model not in served:
-            raise OracleError(f"oracle {self.url} serves no model {model!r}. It serves: {', '.join(served[:20])}.")
-        return model
-
-    def _served_models(self) -> list[str]:
-        from huggingface_hub.utils import get_session
-
-        headers = {"authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        try:
-            response = get_session().get(f"{self._url}/models", headers={**headers, **self._headers}, timeout=30)
-            status = response.status_code
-        except Exception as error:
-            fault = read_fault(error, self._api_key)
-            if fault is None:
-                raise
-            raise self._stop(fault) from None
-        if status in (401, 403):
-            raise self._stop(Fault.of_status(status, redact(response.text, self._api_key)))
-        try:
-            return [model["id"] for model in response.json()["data"]]
-        except (ValueError, KeyError, TypeError):
-            return []  # not every server has this route
-
-    def _stop(self, fault: Fault) -> OracleError:
-        return OracleError(self._clean(f"oracle {self.url}: {fault.message}. {fault.advice}"))
-
-    def _clean(self, message: str) -> str:
-        return redact(message, self._api_key)
-
-
-def _client(url: str, key: str | None, headers: dict[str, str], timeout: float) -> Any:
+def _make_client(arguments: dict[str, Any]) -> Any:
     from huggingface_hub import AsyncInferenceClient
 
-    # Without a key the client would fall back on the user's Hugging Face token, whatever the host.
-    return AsyncInferenceClient(base_url=url, api_key=key or "unused", headers=dict(headers), timeout=timeout)
+    return AsyncInferenceClient(**arguments)
+
+
+def _model_served(address: str, shown: str, model: str | None, key: str | None, headers: Mapping[str, str]) -> str:
+    served = _served_models(address, shown, key, headers)
+    if model is None:
+        if len(served) == 1:
+            return served[0]
+        known = f"it serves {', '.join(served)}" if served else "it does not say which models it serves"
+        raise OracleError(f"oracle {shown}: name a model with --oracle-model ({known}).")
+    if served and model not in served:
+        raise OracleError(f"oracle {shown} serves no model {model!r}. It serves: {', '.join(served[:20])}.")
+    return model
+
+
+def _served_models(address: str, shown: str, key: str | None, headers: Mapping[str, str]) -> list[str]:
+    status, text, data = get(f"{address}/models", shown, key, headers)
+    if status in (401, 403):
+        raise raised(Fault.of_status(status, redact(text, key)), shown, key)
+    try:
+        return [model["id"] for model in data["data"]]
+    except (KeyError, TypeError):
+        return []  # not every server has this route
+
+
+def get(url: str, shown: str, key: str | None, headers: Mapping[str, str] | None = None) -> tuple[int, str, Any]:
+    """Status, text and JSON (null if it is none) of a GET.
+
+    Raises:
+        OracleError: the server can't be spoken to.
+    """
+    from huggingface_hub.utils import get_session
+
+    bearer = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = get_session().get(url, headers={**bearer, **(headers or {})}, timeout=30)
+        text = response.text
+    except Exception as error:
+        meant = failure(error, shown, key)
+        if isinstance(meant, PassingError):
+            raise OracleError(f"oracle {shown}: {meant}. {meant.advice}") from None
+        if meant is None:
+            raise
+        raise meant from None
+    try:
+        return response.status_code, text, response.json()
+    except ValueError:
+        return response.status_code, text, None
 
 
 def read_completion(output: Any) -> Reply:
@@ -155,16 +170,23 @@ def read_completion(output: Any) -> Reply:
     content = getattr(choice.message, "content", None) or refusal or ""
     if choice.message is None or not isinstance(content, str):
         raise RowFailedError("the server sent a completion whose message is not text")
+    # vLLM, SGLang and DeepSeek call it reasoning_content, OpenRouter and newer vLLM reasoning.
+    thinking = (getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning"))
     return Reply(
         text=content,
         finish_reason="content_filter" if refusal else choice.finish_reason,
         prompt_tokens=used.prompt_tokens if used else None,
         completion_tokens=used.completion_tokens if used else None,
+        thinking=next((text for text in thinking if isinstance(text, str) and text), None),
     )
 
 
-def _checked(url: str) -> tuple[str, dict[str, str]]:
-    """A URL without user and password, and the header that says those."""
+def checked(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without user and password, and the header that says those.
+
+    Raises:
+        OracleError: it is no URL of a server.
+    """
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
@@ -200,7 +222,8 @@ def _json_schema(schema: Any) -> dict[str, Any]:
     return _Verbatim(type="json_schema", json_schema=form)
 
 
-def _hugging_face_token(url: str) -> str | None:
+def hugging_face_token(url: str) -> str | None:
+    """The user's own token, for a host of Hugging Face; null for any other."""
     host = urlsplit(url).hostname or ""
     if urlsplit(url).scheme == "https" and f".{host}".endswith(_HUGGING_FACE_HOSTS):
         from huggingface_hub import get_token

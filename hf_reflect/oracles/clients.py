@@ -50,5 +50,6 @@ def _close(pid: int, client: Any) -> None:
 
 
 async def _quietly(client: Any) -> None:
-    # A call that was cancelled may not have seen its end yet; what it holds is closed by itself or by us.
-    await asyncio.gather(client.close(), return_exceptions=True)
+    if (close := getattr(client, "close", None)) is not None:  # that of text-generation keeps nothing open
+        # A call that was cancelled may not have seen its end yet; what it holds is closed by itself or by us.
+        await asyncio.gather(close(), return_exceptions=True)

@@ -6,12 +6,21 @@ are. This is the one place that knows.
 
 import asyncio
 import json
+import math
+import re
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
+from hf_reflect.errors import OracleError
+from hf_reflect.oracles.base import PassingError, RowFailedError
 
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+_PASSING = {408, 409, 424, 425, 429, 500, 502, 503, 504, 529}
+_THROTTLED = {408, 429, 503, 504, 529}
 _ADVICE = {
     401: "Set the key in HF_REFLECT_API_KEY, or log in with `hf auth login` for a Hugging Face host.",
     403: "The key has no right to this model: ask for access, or use another key.",
@@ -30,25 +39,29 @@ class Fault:
         passing: It may work the next time.
         lasting: It will fail for every request.
         unreachable: The server could not be spoken to at all.
+        throttled: The server has too much to do.
         retry_after: Seconds the server asks to wait.
+        status: The HTTP status, if there was one.
     """
 
     message: str
     passing: bool = False
     lasting: bool = False
     unreachable: bool = False
+    throttled: bool = False
     retry_after: float | None = None
     status: int | None = None
 
     @classmethod
-    def of_status(cls, status: int, body: str, retry_after: str | None = None) -> "Fault":
+    def of_status(cls, status: int, body: str, headers: Mapping[str, str] | None = None) -> "Fault":
         """The fault that an HTTP status stands for."""
         detail = " ".join(body.split())[:_LONGEST]
         return cls(
             message=f"HTTP {status}" + (f": {detail}" if detail else ""),
             passing=status in _PASSING,
             lasting=status in _ADVICE,
-            retry_after=_seconds(retry_after),
+            throttled=status in _THROTTLED,
+            retry_after=wait_in(headers or {}),
             status=status,
         )
 
@@ -60,41 +73,60 @@ class Fault:
         return _ADVICE.get(self.status or 0, "Run the same command again to go on: nothing paid for is lost.")
 
 
-def read_fault(error: BaseException, secret: str | None = None) -> Fault | None:
-    """What an exception of a call means; null if it is none of the failures a call can have.
+def failure(error: Exception, where: str, secret: str | None = None) -> Exception | None:
+    """The error of ours that an exception of a call means; null if it is none of the failures a call can have.
 
     Args:
         error: What was raised.
+        where: What messages call the oracle.
         secret: The key that was sent: a server may echo it, and no message may.
     """
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        InferenceTimeoutError,
-        OfflineModeIsEnabled,
-        OverloadedError,
-        TextGenerationError,
-    )
+    if isinstance(error, OracleError | PassingError | RowFailedError):
+        return error
+    fault = read_fault(error, secret)
+    return None if fault is None else raised(fault, where, secret)
+
+
+def raised(fault: Fault, where: str, secret: str | None = None) -> Exception:
+    """The error of ours that says what a fault says."""
+    if fault.lasting:
+        return OracleError(redact(f"oracle {where}: {fault.message}. {fault.advice}", secret))
+    if fault.passing:
+        message = redact(fault.message, secret)
+        return PassingError(message, retry_after=fault.retry_after, throttled=fault.throttled, advice=fault.advice)
+    return RowFailedError(redact(fault.message, secret))
+
+
+def read_fault(error: BaseException, secret: str | None = None) -> Fault | None:
+    """What an exception of a call means; null if it is none of the failures a call can have."""
+    from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled, TextGenerationError
 
     if isinstance(error, OfflineModeIsEnabled):
         return Fault("HF_HUB_OFFLINE=1 forbids huggingface_hub to call any server; unset it", lasting=True)
     if isinstance(error, InferenceTimeoutError | asyncio.TimeoutError):
-        return Fault("no reply in time", passing=True)
-    if isinstance(error, OverloadedError):
-        return Fault(f"overloaded: {error}"[:_LONGEST], passing=True)
+        return Fault("no reply in time", passing=True, throttled=True)
     if isinstance(error, TextGenerationError):
-        return Fault(f"{type(error).__name__}: {error}"[:_LONGEST])
+        return _of_tgi(error)
     status, body, headers = _http_answer(error)
-    if status is not None:
-        return Fault.of_status(status, redact(body, secret), headers.get("Retry-After"))
+    if status is not None and status != 200:
+        return Fault.of_status(status, redact(body, secret), headers)
     if isinstance(error, HfHubHTTPError):
         return Fault(f"{error}"[:_LONGEST], passing=True)
+    # aiohttp looks at the content type of an answer, and says so; httpx does not look.
+    if status == 200 or isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return Fault("the reply is not JSON", passing=True)
     if isinstance(error, (*_transport_errors(), ConnectionError)):
         return Fault(f"no connection ({type(error).__name__})", passing=True, unreachable=True)
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return Fault("the reply is not JSON", passing=True)
     if isinstance(error, ValueError) and "Invalid" in str(error):  # what huggingface_hub says of JSON of another shape
-        return Fault("the reply is not a chat completion", passing=True)
+        return Fault("the reply has not the shape it should have", passing=True)
     return None
+
+
+def _of_tgi(error: Exception) -> Fault:
+    from huggingface_hub.errors import OverloadedError, ValidationError
+
+    said = f"{type(error).__name__}: {error}"[:_LONGEST]
+    return Fault(said, passing=not isinstance(error, ValidationError), throttled=isinstance(error, OverloadedError))
 
 
 def redact(message: str, secret: str | None) -> str:
@@ -106,8 +138,8 @@ def _http_answer(error: BaseException) -> tuple[int | None, str, Any]:
     response = getattr(error, "response", None)
     if response is not None and hasattr(response, "status_code"):
         return response.status_code, response.text, response.headers
-    if hasattr(error, "response_error_payload"):  # huggingface_hub < 1.0 on aiohttp
-        payload = error.response_error_payload
+    if hasattr(error, "request_info"):  # aiohttp, under huggingface_hub < 1.0 and text-generation
+        payload = getattr(error, "response_error_payload", None)
         return error.status, json.dumps(payload) if payload else "", getattr(error, "headers", None) or {}  # type: ignore[attr-defined]
     return None, "", {}
 
@@ -118,8 +150,55 @@ def _transport_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(module, name) for module, name in loaded) + tuple(requests)
 
 
-def _seconds(retry_after: str | None) -> float | None:
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SPENT = re.compile(r"r=0\b.*?t=(\d+)")
+
+
+def wait_in(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the headers of a refusal ask to wait; null if they don't.
+
+    Reads `Retry-After` (seconds or a date) and `retry-after-ms`, the IETF's `RateLimit`, and the `x-ratelimit-reset`
+    family, of which the longest that has nothing remaining counts.
+    """
+    found = {name.lower(): value.strip() for name, value in headers.items()}
+    if (milliseconds := _number(found.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    if "retry-after" in found:
+        return _until(found["retry-after"])
+    if spent := _SPENT.search(found.get("ratelimit", "")):
+        return float(spent[1])
+    waits = []
+    for name, value in found.items():
+        kind = name.removeprefix("x-ratelimit-reset")
+        remaining = _number(found.get(f"x-ratelimit-remaining{kind}"))
+        if name != kind and (remaining is None or remaining <= 0) and (wait := _span(value)) is not None:
+            waits.append(wait)
+    return max(waits, default=None)
+
+
+def _until(retry_after: str) -> float | None:
+    seconds = _number(retry_after)
+    if seconds is not None:
+        return max(0.0, seconds)
     try:
-        return max(0.0, float(retry_after)) if retry_after else None
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return None
+
+
+def _span(text: str) -> float | None:
+    """Seconds in `1.5`, `20ms` or `6m0s`; null for a moment since 1970, which some servers send, and for the rest."""
+    seconds = _number(text)
+    if seconds is not None:
+        return seconds if 0 <= seconds < 1e8 else None
+    parts = _SPAN.findall(text)
+    return sum(float(n) * _UNITS[unit] for n, unit in parts) if parts else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        return None
+    return value if value is None or math.isfinite(value) else None

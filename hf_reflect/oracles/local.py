@@ -63,6 +63,8 @@ class LocalOracle:
             "repeat_penalty": _REPEAT_PENALTY,
             # A reply must not depend on what was asked before it.
             "cache_prompt": False,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
         if sampling.seed is not None:
             body["seed"] = sampling.seed
@@ -70,16 +72,12 @@ class LocalOracle:
             schema = {"name": "reflection", "schema": request.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         server, workers = self._serve()
-        answer = await asyncio.get_running_loop().run_in_executor(workers, server.handle_chat_completions, body)
-        if "error" in answer:
-            raise RowFailedError(str(answer["error"].get("message", answer["error"])))
-        choice, used = answer["choices"][0], answer.get("usage") or {}
-        return Reply(
-            text=choice["message"].get("content") or "",
-            finish_reason=choice.get("finish_reason"),
-            prompt_tokens=used.get("prompt_tokens"),
-            completion_tokens=used.get("completion_tokens"),
-        )
+        answer = _Stream()
+        try:
+            await asyncio.get_running_loop().run_in_executor(workers, answer.read, server, body)
+        finally:
+            answer.given_up = True  # cancelled: the next token is the last
+        return answer.reply()
 
     def _serve(self) -> tuple[Any, ThreadPoolExecutor]:
         # The model is loaded on the first request, and again in a forked process, where its threads are gone.
@@ -101,6 +99,46 @@ class LocalOracle:
             return xllamacpp.Server(params)
         except RuntimeError as error:
             raise OracleError(f"oracle: {self.path} can't be loaded by llama.cpp: {error}") from error
+
+
+class _Stream:
+    """A reply as it arrives, piece by piece, which can be given up in between."""
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._pieces: list[str] = []
+        self._thinking: list[str] = []
+        self._finish_reason: str | None = None
+        self._usage: dict[str, Any] = {}
+        self._error: str | None = None
+
+    def read(self, server: Any, body: dict[str, Any]) -> None:
+        if not self.given_up:
+            server.handle_chat_completions(body, self._take)
+
+    def _take(self, event: dict[str, Any]) -> bool:
+        """Takes an event; true ends the stream."""
+        if "error" in event:
+            error = event["error"]
+            self._error = str(error.get("message", error) if isinstance(error, dict) else error)
+        for choice in event.get("choices", []):
+            delta = choice.get("delta") or {}
+            self._pieces.append(delta.get("content") or "")
+            self._thinking.append(delta.get("reasoning_content") or "")
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        self._usage = event.get("usage") or self._usage
+        return self.given_up
+
+    def reply(self) -> Reply:
+        if self._error is not None:
+            raise RowFailedError(self._error)
+        return Reply(
+            text="".join(self._pieces),
+            finish_reason=self._finish_reason,
+            prompt_tokens=self._usage.get("prompt_tokens"),
+            completion_tokens=self._usage.get("completion_tokens"),
+            thinking="".join(self._thinking) or None,
+        )
 
 
 def _import_xllamacpp() -> Any:

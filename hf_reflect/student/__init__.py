@@ -4,7 +4,7 @@ import hashlib
 import math
 import warnings
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,20 +121,34 @@ class Student:
             "max_length": self._max_length or self.model.max_length,
         }
 
-    def ifd(self, pairs: Sequence[Pair], journal: Journal) -> list[Score]:
-        """IFD(y|x) = ppl(y|x) / ppl(y) of each pair (arXiv 2402.10110, equation 3)."""
-        return self._score([self.template.forward(pair) for pair in pairs], journal)
+    def ifd(self, pairs: Sequence[Pair], journal: Journal, check: Callable[[], None] = lambda: None) -> list[Score]:
+        """IFD(y|x) = ppl(y|x) / ppl(y) of each pair (arXiv 2402.10110, equation 3).
 
-    def reversed_ifd(self, pairs: Sequence[Pair], journal: Journal) -> list[Score]:
-        """r-IFD(x|y) = ppl(x|q(y)) / ppl(x) of each pair (arXiv 2402.10110, equation 8)."""
-        return self._score([self.template.reverse(pair) for pair in pairs], journal)
+        Args:
+            pairs: What to score.
+            journal: Where losses are kept.
+            check: Called between batches; what it raises ends the scoring, and what was computed is kept.
+        """
+        return self._score([self.template.forward(pair) for pair in pairs], journal, check)
 
-    def _score(self, texts: Sequence[Scored], journal: Journal) -> list[Score]:
+    def reversed_ifd(
+        self, pairs: Sequence[Pair], journal: Journal, check: Callable[[], None] = lambda: None
+    ) -> list[Score]:
+        """r-IFD(x|y) = ppl(x|q(y)) / ppl(x) of each pair (arXiv 2402.10110, equation 8).
+
+        Args:
+            pairs: As for `ifd`.
+            journal: As for `ifd`.
+            check: As for `ifd`.
+        """
+        return self._score([self.template.reverse(pair) for pair in pairs], journal, check)
+
+    def _score(self, texts: Sequence[Scored], journal: Journal, check: Callable[[], None]) -> list[Score]:
         passes = self._encoder.encode(texts)
-        losses = self._losses([t for p in passes for t in (p.conditioned, p.direct) if t], journal)
+        losses = self._losses([t for p in passes for t in (p.conditioned, p.direct) if t], journal, check)
         return [_score(p, losses, self.measure) for p in passes]
 
-    def _losses(self, sequences: Sequence[Tokens], journal: Journal) -> dict[Tokens, float]:
+    def _losses(self, sequences: Sequence[Tokens], journal: Journal, check: Callable[[], None]) -> dict[Tokens, float]:
         """The loss of each distinct sequence: from the journal where it is there, else computed and recorded."""
         prefix = f"{self.model.identity}\0{self.model.dtype}\0".encode()
         keys = {tokens: _key(prefix, tokens) for tokens in sequences}
@@ -144,6 +158,7 @@ class Student:
             for computed in self.model.losses(missing):
                 journal.put("loss", {keys[tokens]: loss for tokens, loss in computed.items()})
                 losses |= computed
+                check()
         return losses
 
 
