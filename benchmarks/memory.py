@@ -9,6 +9,7 @@ the weights and activations of a real one are constant.
 import argparse
 import json
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -52,7 +53,7 @@ def main() -> None:
         "resident_mib_by_tenth_of_the_run": [round(rss / 2**20) for rss in tenths],
         "journal_mib": round(journal / 2**20),
     }
-    print(json.dumps(report, indent=2))
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
 def _watch(samples: list[tuple[float, int]], done: threading.Event) -> None:

@@ -11,6 +11,8 @@ from hf_reflect.cli import demo, estimate, journal, recycle, score, show
 from hf_reflect.errors import HfReflectError
 
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="hf-reflect",
     help="Recycle instruction data: an oracle LLM rewrites the weak pairs, the student model keeps what it can learn "
@@ -52,7 +54,15 @@ def main() -> None:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("stopped: what was paid for is in the journal; run the same command again to go on.", err=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)  # threads in the middle of a product of matrices would otherwise be waited for
+        _interrupted()
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:  # typer turns an interrupt into this
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    typer.echo("stopped: what was paid for is in the journal; run the same command again to go on.", err=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_INTERRUPTED)  # threads in the middle of a product of matrices would otherwise be waited for

@@ -160,11 +160,12 @@ def read_completion(output: Any) -> Reply:
     """The reply in an OpenAI-style completion.
 
     Raises:
-        RowFailedError: it has no choices.
+        PassingError: it has no choices.
+        RowFailedError: it holds something else than text.
     """
     choices = getattr(output, "choices", None)
     if not choices:
-        raise RowFailedError("the server sent a completion without choices")
+        raise PassingError("the server sent a completion without choices")
     choice, used = choices[0], output.usage
     refusal = getattr(choice.message, "refusal", None)
     content = getattr(choice.message, "content", None) or refusal or ""
