@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from hf_reflect.errors import OracleError
 from hf_reflect.oracles.base import PassingError, Reply, Request, RowFailedError
 from hf_reflect.oracles.clients import Clients
-from hf_reflect.oracles.faults import Fault, failure, raised, redact
+from hf_reflect.oracles.faults import Fault, failure, raised, redact, secrets_in
 
 
 API_KEY_VARIABLE = "HF_REFLECT_API_KEY"
@@ -32,7 +32,7 @@ class ChatClient:
 
     def __init__(self, spec: str, name: str, client: Mapping[str, Any], concurrency: int) -> None:
         self.spec, self.name, self.concurrency = spec, name, concurrency
-        self._api_key = client.get("api_key")
+        self._secrets = secrets_in(client.get("headers", {}), client.get("api_key"))
         self._clients = Clients(partial(_make_client, dict(client)))
 
     async def complete(self, request: Request) -> Reply:
@@ -56,7 +56,7 @@ class ChatClient:
                     response_format=_json_schema(request.schema) if request.schema else None,
                 )
         except Exception as error:
-            meant = failure(error, self.spec.partition("#")[0], self._api_key)
+            meant = failure(error, self.spec.partition("#")[0], self._secrets)
             if meant is None:  # a bug, not an answer
                 raise
             raise meant from error
@@ -124,7 +124,8 @@ def _model_served(address: str, shown: str, model: str | None, key: str | None, 
 def _served_models(address: str, shown: str, key: str | None, headers: Mapping[str, str]) -> list[str]:
     status, text, data = get(f"{address}/models", shown, key, headers)
     if status in (401, 403):
-        raise raised(Fault.of_status(status, redact(text, key)), shown, key)
+        secrets = secrets_in(headers, key)
+        raise raised(Fault.of_status(status, redact(text, secrets)), shown, secrets)
     try:
         return [model["id"] for model in data["data"]]
     except (KeyError, TypeError):
@@ -144,7 +145,7 @@ def get(url: str, shown: str, key: str | None, headers: Mapping[str, str] | None
         response = get_session().get(url, headers={**bearer, **(headers or {})}, timeout=30)
         text = response.text
     except Exception as error:
-        meant = failure(error, shown, key)
+        meant = failure(error, shown, secrets_in(headers or {}, key))
         if isinstance(meant, PassingError):
             raise OracleError(f"oracle {shown}: {meant}. {meant.advice}") from None
         if meant is None:

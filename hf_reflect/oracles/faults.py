@@ -10,7 +10,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -28,6 +29,8 @@ _ADVICE = {
 }
 _TRANSPORTS = (("httpx2", "TransportError"), ("httpx", "TransportError"), ("aiohttp", "ClientError"))
 _LONGEST = 300
+_SHORTEST_SECRET = 4
+"""Less is no secret, and blanking it would garble every message."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +76,31 @@ class Fault:
         return _ADVICE.get(self.status or 0, "Run the same command again to go on: nothing paid for is lost.")
 
 
-def failure(error: Exception, where: str, secret: str | None = None) -> Exception | None:
+def failure(error: Exception, where: str, secrets: Sequence[str] = ()) -> Exception | None:
     """The error of ours that an exception of a call means; null if it is none of the failures a call can have.
 
     Args:
         error: What was raised.
         where: What messages call the oracle.
-        secret: The key that was sent: a server may echo it, and no message may.
+        secrets: What was sent to be let in: a server may echo it, and no message may.
     """
     if isinstance(error, OracleError | PassingError | RowFailedError):
         return error
-    fault = read_fault(error, secret)
-    return None if fault is None else raised(fault, where, secret)
+    fault = read_fault(error, secrets)
+    return None if fault is None else raised(fault, where, secrets)
 
 
-def raised(fault: Fault, where: str, secret: str | None = None) -> Exception:
+def raised(fault: Fault, where: str, secrets: Sequence[str] = ()) -> Exception:
     """The error of ours that says what a fault says."""
     if fault.lasting:
-        return OracleError(redact(f"oracle {where}: {fault.message}. {fault.advice}", secret))
+        return OracleError(redact(f"oracle {where}: {fault.message}. {fault.advice}", secrets))
     if fault.passing:
-        message = redact(fault.message, secret)
+        message = redact(fault.message, secrets)
         return PassingError(message, retry_after=fault.retry_after, throttled=fault.throttled, advice=fault.advice)
-    return RowFailedError(redact(fault.message, secret))
+    return RowFailedError(redact(fault.message, secrets))
 
 
-def read_fault(error: BaseException, secret: str | None = None) -> Fault | None:
+def read_fault(error: BaseException, secrets: Sequence[str] = ()) -> Fault | None:
     """What an exception of a call means; null if it is none of the failures a call can have."""
     from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled, TextGenerationError
 
@@ -109,7 +112,7 @@ def read_fault(error: BaseException, secret: str | None = None) -> Fault | None:
         return _of_tgi(error)
     status, body, headers = _http_answer(error)
     if status is not None and status != 200:
-        return Fault.of_status(status, redact(body, secret), headers)
+        return Fault.of_status(status, redact(body, secrets), headers)
     if isinstance(error, HfHubHTTPError):
         return Fault(f"{error}"[:_LONGEST], passing=True)
     # aiohttp looks at the content type of an answer, and says so; httpx does not look.
@@ -129,9 +132,25 @@ def _of_tgi(error: Exception) -> Fault:
     return Fault(said, passing=not isinstance(error, ValidationError), throttled=isinstance(error, OverloadedError))
 
 
-def redact(message: str, secret: str | None) -> str:
-    """A message in which a server's echo of the key is blanked out."""
-    return message.replace(secret, "***") if secret else message
+def secrets_in(headers: Mapping[str, str], key: str | None = None) -> tuple[str, ...]:
+    """What must be shown nowhere of what is sent to be let in: keys, and user and password in both spellings."""
+    secrets = [key] if key else []
+    for name, value in headers.items():
+        scheme, _, token = value.partition(" ")
+        if name.lower() != "authorization" or not token:
+            continue
+        secrets.append(token)
+        if scheme == "Basic":
+            user = b64decode(token).decode("utf-8", "replace")
+            secrets += [user, user.partition(":")[2]]
+    return tuple(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
+
+
+def redact(message: str, secrets: Sequence[str]) -> str:
+    """A message in which a server's echo of a secret is blanked out."""
+    for secret in secrets:
+        message = message.replace(secret, "***")
+    return message
 
 
 def _http_answer(error: BaseException) -> tuple[int | None, str, Any]:

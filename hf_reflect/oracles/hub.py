@@ -32,7 +32,7 @@ class ProviderOracle(ChatClient):
     ) -> None:
         spec, (name, _, provider) = f"hf:{model}", model.partition("@")
         key = api_key or os.environ.get(API_KEY_VARIABLE) or _token(spec)
-        self.provider = provider or "auto"
+        self.provider, self._key = provider or "auto", key
         _check_provider(spec, name, provider)
         super().__init__(spec, name, {"provider": self.provider, "api_key": key, "timeout": timeout}, concurrency)
 
@@ -51,7 +51,7 @@ class ProviderOracle(ChatClient):
         from hf_reflect.oracles.chat import get
 
         base = constants.INFERENCE_PROXY_TEMPLATE.partition("/{")[0]
-        _, _, data = get(f"{base}/v1/models", self.spec, self._api_key)
+        _, _, data = get(f"{base}/v1/models", self.spec, self._key)
         found = [
             offer["pricing"]
             for model in (data or {}).get("data", [])
@@ -160,17 +160,15 @@ class _Endpoint:
         try:
             return action()
         except InferenceEndpointError as error:  # it failed to start, or not in time
-            said = redact(" ".join(str(error).split()), self._token)
+            said = redact(" ".join(str(error).split()), [self._token])
             raise OracleError(f"oracle {self.spec}: {said} Look at its logs on endpoints.huggingface.co.") from error
         except Exception as error:
-            fault = read_fault(error, self._token)
+            fault = read_fault(error, [self._token])
             if fault is None:
                 raise
+            said = redact(fault.message, [self._token])
             raise OracleError(
-                redact(
-                    f"oracle {self.spec}: {fault.message}. Check the name, and that your token may use it.",
-                    self._token,
-                )
+                f"oracle {self.spec}: {said}. Check the name, and that your token may use it."
             ) from error
 
 

@@ -112,6 +112,9 @@ class JournaledOracle:
             except PassingError as error:
                 turn.failed(error)
                 raise
+            except RowFailedError:
+                turn.succeeded(0)  # this request has no answer, but the server is well
+                raise
             finally:
                 self.purse.in_flight -= 1
             self.journal.put("reply", {key: asdict(reply)})

@@ -140,17 +140,19 @@ class Pace:
         self._failures = 0
         self.allowed = min(self.most, self.allowed + (1.0 if self._growing_fast else 1.0 / self.allowed))
 
-    def failed(self, error: PassingError, began: float) -> None:
+    def failed(self, error: PassingError, began: float, expected: float = 0.0) -> None:
         """A call failed: allows fewer at once if the server throttles, and counts towards the breaker.
 
         Args:
             error: How it failed.
             began: When the call began.
+            expected: How many tokens it was expected to take.
 
         Raises:
             OracleError: patience is over.
         """
         now = time.monotonic()
+        self._tokens.settle(-expected)
         self._failing_since = now if self._failures == 0 else self._failing_since
         self._failures += 1
         if error.throttled:
@@ -187,7 +189,7 @@ class Turn:
     expected: float
 
     def succeeded(self, used: float) -> None:
-        """The call was answered and took so many tokens."""
+        """The server answered, and took so many tokens for it."""
         self.pace.succeeded(used, self.expected)
 
     def failed(self, error: PassingError) -> None:
@@ -196,4 +198,4 @@ class Turn:
         Raises:
             OracleError: patience is over.
         """
-        self.pace.failed(error, self.began)
+        self.pace.failed(error, self.began, self.expected)

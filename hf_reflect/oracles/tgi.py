@@ -15,7 +15,7 @@ from hf_reflect.errors import OracleError
 from hf_reflect.oracles.base import PassingError, Reply, Request
 from hf_reflect.oracles.chat import API_KEY_VARIABLE, checked, get, hugging_face_token, without_secrets
 from hf_reflect.oracles.clients import Clients
-from hf_reflect.oracles.faults import Fault, failure, raised
+from hf_reflect.oracles.faults import Fault, failure, raised, redact, secrets_in
 
 
 _FINISHED = {"eos_token": "stop", "stop_sequence": "stop"}
@@ -53,6 +53,7 @@ class TGIOracle:
         self._api_key = api_key or os.environ.get(API_KEY_VARIABLE) or hugging_face_token(self._address)
         if self._api_key:
             self._headers = {"authorization": f"Bearer {self._api_key}", **self._headers}
+        self._secrets = secrets_in(self._headers, self._api_key)
         info = self._info()
         self.name = str(info["model_id"])
         self._revision = info.get("model_sha")
@@ -86,7 +87,7 @@ class TGIOracle:
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise PassingError(f"the reply is not one of TGI ({type(error).__name__})") from error
         except Exception as error:
-            meant = failure(_translated(error), self.spec, self._api_key)
+            meant = failure(_translated(error), self.spec, self._secrets)
             if meant is None:
                 raise
             raise meant from error
@@ -115,7 +116,7 @@ class TGIOracle:
     def _info(self) -> dict[str, Any]:
         status, text, data = get(f"{self._address}/info", self.spec, self._api_key, self._headers)
         if status in (401, 403):
-            raise raised(Fault.of_status(status, text), self.spec, self._api_key)
+            raise raised(Fault.of_status(status, redact(text, self._secrets)), self.spec, self._secrets)
         if not isinstance(data, dict) or "model_id" not in data:
             raise OracleError(f"oracle {self.spec}: no TGI answers there (GET /info: HTTP {status}). Check the URL.")
         return data
@@ -129,7 +130,7 @@ class TGIOracle:
             except _NoTemplateError:
                 pass  # an older server
             except Exception as error:
-                meant = failure(error, self.spec, self._api_key)
+                meant = failure(error, self.spec, self._secrets)
                 if meant is None:
                     raise
                 raise OracleError(f"oracle {self.spec}: its chat template can't be had: {meant}") from None
