@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from hf_reflect import score
-from hf_reflect.embedded import embedded_model
 
 
 WORDS = "name list three of the best ways to cook rice and explain why each of them works well at home".split()  # noqa: SIM905
@@ -63,13 +62,15 @@ def _watch(samples: list[tuple[float, int]], done: threading.Event) -> None:
 
 
 def _tiny_student(folder: Path) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    file = embedded_model()
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    tokenizer.save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(sorted({*WORDS, *"0123456789:", "[UNK]"}))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(vocabulary),
         hidden_size=8,
         intermediate_size=16,
         num_hidden_layers=1,
