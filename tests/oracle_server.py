@@ -1,4 +1,8 @@
-"""A loopback server that speaks the OpenAI chat protocol over real sockets, and misbehaves on order.
+"""Loopback servers that speak the protocols of oracles over real sockets, and misbehave on order.
+
+`OracleServer` speaks OpenAI's chat protocol, `TGIServer` that of Text Generation Inference, and `HubServer` what
+Hugging Face hosts: the Hub's API as far as oracles need it, the router of Inference Providers, and Inference Endpoints
+with their control plane.
 
 In a test:
 
@@ -33,6 +37,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Call:
         attempt: How often this very request has come, this time included.
         number: How many requests to this path have come, this one included.
         at: When it came, in seconds of the event loop's clock.
+        query: What stands behind the `?`, decoded.
     """
 
     method: str
@@ -54,6 +60,7 @@ class Call:
     attempt: int
     number: int
     at: float
+    query: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -70,6 +77,7 @@ class Answer:
 
     Attributes:
         body: Bytes, text, or something for JSON; a tuple of bytes is sent chunk by chunk.
+        headers: Besides the usual ones, or in their place; an empty value leaves one out.
         delay: Seconds to wait first.
         cut: Reset the connection `before` anything is sent, or in the `middle` of the body.
         hang: Never answer.
@@ -179,11 +187,12 @@ class OracleServer:
         method, target, _ = first.split(" ", 2)
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
-        path, body = target.partition("?")[0], json.loads(raw) if raw else None
+        (path, _, query), body = target.partition("?"), json.loads(raw) if raw else None
         identity = f"{method} {path} {digest_of(body)}"
         self._seen[identity] += 1
         self._paths[path] += 1
-        call = Call(method, path, headers, body, self._seen[identity], self._paths[path], self._loop.time())
+        counts = self._seen[identity], self._paths[path]
+        call = Call(method, path, headers, body, *counts, self._loop.time(), parse_qs(query))
         self.calls.append(call)
         return call
 
@@ -224,7 +233,7 @@ async def _send(answer: Answer, writer: asyncio.StreamWriter, *, bodiless: bool)
     chunked = isinstance(answer.body, tuple)
     length = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(len(answer.payload))}
     headers = {"Content-Type": "application/json", **length, **answer.headers}
-    head = f"HTTP/1.1 {answer.status} Status\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
+    head = f"HTTP/1.1 {answer.status} Status\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items() if v) + "\r\n"
     writer.write(head.encode("latin-1"))
     if answer.cut == "middle":
         writer.write(answer.payload[: len(answer.payload) // 2])
@@ -246,6 +255,369 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
     raise ConnectionResetError
+
+
+class TGIServer(OracleServer):
+    """Text Generation Inference, as its router answers (router/src/server.rs and validation.rs of v3).
+
+    Attributes:
+        rule: What to answer to `/generate`, `/` and `/generate_stream` instead of the usual; null means the usual.
+        model_id: The model that `/info` names; with `sha`, its revision.
+        context: `max_total_tokens`, of what is read and written together.
+        tokenizer: Encodes like a `tokenizers.Tokenizer`; by default each word is a token.
+        bos: What the tokenizer puts in front of a text, and the chat template writes out.
+        chat_tokenize: Whether there is that route; older servers have none.
+        refused_roles: Roles that the chat template refuses.
+        api_key: What `--api-key` was given, which protects all that generates.
+        return_full_text: What `/` takes for granted; it is so for models tagged text-generation.
+    """
+
+    def __init__(
+        self,
+        rule: Rule | None = None,
+        *,
+        model_id: str = "org/teacher",
+        sha: str | None = "0123abc",
+        context: int | None = 4096,
+        tokenizer: Any = None,
+        bos: str | None = None,
+        chat_tokenize: bool = True,
+        refused_roles: tuple[str, ...] = (),
+        api_key: str | None = None,
+        return_full_text: bool = True,
+    ) -> None:
+        super().__init__(rule)
+        self.model_id, self.sha, self.context, self.bos = model_id, sha, context, bos
+        self.tokenizer = tokenizer or _Words(bos)
+        self.refused_roles, self.api_key, self.return_full_text = refused_roles, api_key, return_full_text
+        self.routes = {
+            ("GET", "/info"): self._info,
+            ("GET", "/health"): lambda call: Answer(headers={"Content-Type": ""}),
+            ("GET", "/"): lambda call: Answer(headers={"Content-Type": ""}),
+            ("POST", "/tokenize"): self._tokenize,
+            ("POST", "/generate"): lambda call: self._generate(call, stream=False),
+            ("POST", "/generate_stream"): lambda call: self._generate(call, stream=True),
+            ("POST", "/"): self._compatible,
+        }
+        if chat_tokenize:
+            self.routes["POST", "/chat_tokenize"] = self._chat_tokenize
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def generations(self) -> list[Call]:
+        """The calls that asked for text."""
+        asking = [call for call in self.completions if call.path in ("/", "/generate", "/generate_stream")]
+        return [call for call in asking if call.body != {}]
+
+    def read_by_model(self, call: Call) -> list[str]:
+        """The tokens that the model reads for a call: those of its text, after those that the tokenizer adds."""
+        encoded = self.tokenizer.encode(call.body["inputs"], add_special_tokens=True)
+        return list(encoded.tokens)
+
+    def _info(self, call: Call) -> Answer:
+        context = (
+            {} if self.context is None else {"max_input_tokens": self.context - 1, "max_total_tokens": self.context}
+        )
+        return Answer(
+            body={
+                "model_id": self.model_id,
+                "model_sha": self.sha,
+                "model_pipeline_tag": "text-generation",
+                "max_concurrent_requests": 128,
+                "max_best_of": 2,
+                "max_stop_sequences": 4,
+                **context,
+                "validation_workers": 2,
+                "max_client_batch_size": 4,
+                "router": "text-generation-router",
+                "version": "3.3.7",
+                "sha": None,
+                "docker_label": None,
+            }
+        )
+
+    def _chat_tokenize(self, call: Call) -> Answer:
+        for message in call.body["messages"]:
+            if message["role"] in self.refused_roles:
+                return tgi_error(422, f"Template error: {message['role']} role not supported", "template_error")
+        text = chat_ml(call.body["messages"], self.bos or "")
+        return Answer(body={"tokenize_response": self._tokens(text, special=False), "templated_text": text})
+
+    def _tokenize(self, call: Call) -> Answer:
+        return self._refused_key(call) or Answer(body=self._tokens(call.body["inputs"], special=True))
+
+    def _tokens(self, text: str, *, special: bool) -> list[dict[str, Any]]:
+        encoded = self.tokenizer.encode(text, add_special_tokens=special)
+        return [
+            {"id": one, "text": text[start:stop], "start": start, "stop": stop}
+            for one, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True)
+        ]
+
+    def _compatible(self, call: Call) -> Answer:
+        """The route of the old Inference API: a list of one, and the prompt goes first unless that is declined."""
+        if call.body.get("stream"):
+            return self._generate(call, stream=True)
+        answer = self._generate(call, stream=False)
+        if answer.status != 200 or not isinstance(answer.body, dict) or "generated_text" not in answer.body:
+            return answer
+        asked = (call.body.get("parameters") or {}).get("return_full_text")
+        full = self.return_full_text if asked is None else False  # the other routes have dealt with true
+        text = (call.body["inputs"] if full else "") + answer.body["generated_text"]
+        return replace(answer, body=[{**answer.body, "generated_text": text}])
+
+    def _generate(self, call: Call, *, stream: bool) -> Answer:
+        if call.body == {}:
+            return self._asked_for_nothing(call)
+        answer = self._refused_key(call) or (self.rule and self.rule(call)) or self._refused(call)
+        answer = answer or generation(call, tokenizer=self.tokenizer)
+        return _streamed(answer) if stream else answer
+
+    def _asked_for_nothing(self, call: Call) -> Answer:
+        """A proxy turns it away as it did what came before; TGI itself finds it invalid."""
+        before = next((earlier for earlier in reversed(self.calls) if earlier in self.generations), None)
+        answer = self._refused_key(call) or (before and self.rule and self.rule(before))
+        by_tgi = answer is None or (isinstance(answer.body, dict) and "error_type" in answer.body)
+        if by_tgi and answer is not None and "Retry-After" in answer.headers:
+            by_tgi = False  # only a proxy says that
+        return self._refused(call) if by_tgi or answer.status == 200 else answer
+
+    def _refused_key(self, call: Call) -> Answer | None:
+        if self.api_key is None or call.headers.get("authorization") == f"Bearer {self.api_key}":
+            return None
+        return Answer(401, headers={"Content-Type": ""})
+
+    def _refused(self, call: Call) -> Answer | None:
+        if not isinstance(call.body, dict) or not isinstance(call.body.get("inputs"), str):
+            said = "Failed to deserialize the JSON body into the target type: missing field `inputs`"
+            return Answer(422, said, {"Content-Type": "text/plain; charset=utf-8"})
+        if why := self._invalid(call.body["inputs"], call.body.get("parameters") or {}):
+            return tgi_error(422, f"Input validation error: {why}", "validation")
+        return None
+
+    def _invalid(self, inputs: str, given: Mapping[str, Any]) -> str | None:
+        read = len(self.tokenizer.encode(inputs, add_special_tokens=True).ids)
+        wanted, grammar = given.get("max_new_tokens"), given.get("grammar")
+        temperature, top_p = given.get("temperature"), given.get("top_p")
+        total = f"Given: {read} `inputs` tokens and {wanted} `max_new_tokens`"
+        checks = {
+            "`temperature` must be strictly positive": temperature is None or temperature > 0,
+            "`top_p` must be > 0.0 and < 1.0": top_p is None or 0 < top_p < 1,
+            "`max_new_tokens` must be strictly positive": wanted is None or wanted > 0,
+            "`inputs` cannot be empty": inputs != "",
+            f"`inputs` tokens + `max_new_tokens` must be <= {self.context}. {total}": self.context is None
+            or read + (wanted or 0) <= self.context,
+            "Grammar must have a 'properties' field": grammar is None
+            or (grammar["type"] == "json" and "properties" in _parsed(grammar["value"])),
+        }
+        return next((said for said, sound in checks.items() if not sound), None)
+
+
+class _Words:
+    """A tokenizer, in the manner of the library `tokenizers`, whose tokens are words and special tokens."""
+
+    @dataclass(frozen=True)
+    class Encoding:
+        tokens: list[str]
+        offsets: list[tuple[int, int]]
+
+        @property
+        def ids(self) -> list[int]:
+            return [int(digest_of(token)[:6], 16) for token in self.tokens]
+
+    def __init__(self, bos: str | None = None) -> None:
+        self.bos = bos
+        self._pattern = re.compile("|".join([*([re.escape(bos)] if bos else []), r"<\|\w+\|>|(?:(?!<\|)\S)+"]))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> "_Words.Encoding":
+        found = list(self._pattern.finditer(text))
+        added = [self.bos] if self.bos and add_special_tokens else []
+        offsets = [(0, 0)] * len(added) + [match.span() for match in found]
+        return self.Encoding(added + [match[0] for match in found], offsets)
+
+
+def chat_ml(messages: Any, bos: str = "") -> str:
+    """What a chat template makes of messages, with the turn of the assistant opened."""
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    return bos + "".join(turns) + "<|im_start|>assistant\n"
+
+
+def messages_in(text: str) -> list[dict[str, str]]:
+    """The messages that a ChatML text was made of."""
+    found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return [{"role": role, "content": content} for role, content in found]
+
+
+@dataclass
+class Endpoint:
+    """A dedicated Inference Endpoint: its state in the control plane, and what answers at its own URL.
+
+    Attributes:
+        name: With its namespace.
+        state: As the control plane calls it.
+        polls: How often it is still looked at before it has started.
+        becomes: The state it starts into.
+        health: What `/health` answers with, in turn; the last one for good.
+        refuses: By action (`get`, `resume`, `pause`): what the control plane answers to it.
+        history: Every change of its state.
+    """
+
+    name: str
+    state: str = "running"
+    polls: int = 2
+    becomes: str = "running"
+    health: list[int] = field(default_factory=lambda: [200])
+    repository: str = "org/teacher"
+    revision: str = "0123abc"
+    refuses: dict[str, Answer] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
+
+    def turn(self, state: str) -> None:
+        """Takes it to another state."""
+        self.state = state
+        self.history.append(state)
+
+    def seen(self) -> None:
+        """Somebody looks: that is how time passes here."""
+        if self.state == "initializing":
+            self.polls -= 1
+            if self.polls <= 0:
+                self.turn(self.becomes)
+
+    def raw(self, url: str) -> dict[str, Any]:
+        """What the control plane says of it. It has a URL once it has run."""
+        at = "2026-01-08T10:00:00.000Z"
+        status = {"state": self.state, "message": "", "createdAt": at, "updatedAt": at, "readyReplica": 0}
+        if self.state in ("running", "scaledToZero"):
+            status["url"] = url
+        return {
+            "name": self.name.rpartition("/")[2],
+            "type": "protected",
+            "healthRoute": "/health",
+            "provider": {"vendor": "aws", "region": "us-east-1"},
+            "compute": {"accelerator": "gpu", "instanceType": "nvidia-l4", "instanceSize": "x1"},
+            "model": {
+                "repository": self.repository,
+                "revision": self.revision,
+                "framework": "pytorch",
+                "task": "text-generation",
+                "image": {"vLLM": {"url": "vllm/vllm-openai:v0.23.0", "port": 8000}},
+            },
+            "status": status,
+        }
+
+
+class HubServer(OracleServer):
+    """What Hugging Face hosts, at one port: the Hub, the router of Inference Providers, Inference Endpoints.
+
+    Attributes:
+        rule: What to answer to a completion, of a provider or an endpoint, instead of the usual.
+        token: The only one that is let in; null lets everybody in.
+        served: By model and provider: the task it is served for.
+        prices: By model and provider: what the router's list says under `pricing`.
+        endpoints: By namespace and name.
+    """
+
+    def __init__(self, rule: Rule | None = None, *, token: str | None = None) -> None:
+        super().__init__(rule)
+        self.token = token
+        self.served: dict[str, dict[str, str]] = {}
+        self.prices: dict[str, dict[str, Any]] = {}
+        self.endpoints: dict[str, Endpoint] = {}
+        self.routes = {
+            ("GET", "/v1/models"): self._list_priced,
+            ("POST", "/v1/chat/completions"): self._routed,
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def completions(self) -> list[Call]:
+        return [call for call in self.calls if call.path.endswith("/chat/completions")]
+
+    def serve_model(self, model: str, **tasks: str) -> None:
+        """Has providers serve a model, each for a task; the router calls them by their routes."""
+        self.served[model] = {provider.replace("_", "-"): task for provider, task in tasks.items()}
+        self.routes["GET", f"/api/models/{model}"] = self._model
+        for provider in self.served[model]:
+            self.routes["POST", f"/{provider}/v1/chat/completions"] = self._routed
+
+    def add(self, endpoint: Endpoint) -> Endpoint:
+        """Has an endpoint, with its routes in the control plane and at its own URL."""
+        self.endpoints[endpoint.name] = endpoint
+        plane, own = f"/v2/endpoint/{endpoint.name}", f"/at/{endpoint.name}"
+        self.routes |= {
+            ("GET", plane): lambda call: self._controlled(call, endpoint, "get"),
+            ("POST", f"{plane}/resume"): lambda call: self._controlled(call, endpoint, "resume"),
+            ("POST", f"{plane}/pause"): lambda call: self._controlled(call, endpoint, "pause"),
+            ("GET", f"{own}/health"): lambda call: self._health(endpoint),
+            ("GET", f"{own}/v1/models"): lambda call: self._asleep(endpoint) or self._list_models(call),
+            ("POST", f"{own}/v1/chat/completions"): lambda call: self._asleep(endpoint) or self._routed(call),
+        }
+        return endpoint
+
+    def _stranger(self, call: Call) -> Answer | None:
+        if self.token is None or call.headers.get("authorization") == f"Bearer {self.token}":
+            return None
+        return Answer(401, {"error": "Invalid credentials in Authorization header"})
+
+    def _model(self, call: Call) -> Answer:
+        model = call.path.removeprefix("/api/models/")
+        body: dict[str, Any] = {"_id": "0", "id": model}
+        if "inferenceProviderMapping" in call.query.get("expand", []):
+            body["inferenceProviderMapping"] = {
+                provider: {"status": "live", "providerId": f"{provider}/{model}", "task": task}
+                for provider, task in self.served[model].items()
+            }
+        return self._stranger(call) or Answer(body=body)
+
+    def _list_priced(self, call: Call) -> Answer:
+        listed = [
+            {
+                "id": model,
+                "object": "model",
+                "owned_by": model.partition("/")[0],
+                "providers": [
+                    {"provider": name, "status": "live", **({"pricing": prices[name]} if name in prices else {})}
+                    for name in self.served[model]
+                ],
+            }
+            for model in self.served
+            for prices in [self.prices.get(model, {})]
+        ]
+        return Answer(body={"object": "list", "data": listed})
+
+    def _routed(self, call: Call) -> Answer:
+        return self._stranger(call) or self._complete(call)
+
+    def _controlled(self, call: Call, endpoint: Endpoint, action: str) -> Answer:
+        if refused := self._stranger(call) or endpoint.refuses.get(action):
+            return refused
+        if action == "get":
+            endpoint.seen()
+        elif action == "pause":
+            endpoint.turn("paused")
+        elif endpoint.state == "running":
+            return Answer(400, {"error": "Endpoint is already running"})
+        else:
+            endpoint.turn("initializing")
+        return Answer(body=endpoint.raw(f"{self.url}/at/{endpoint.name}"))
+
+    def _health(self, endpoint: Endpoint) -> Answer:
+        status = endpoint.health.pop(0) if len(endpoint.health) > 1 else endpoint.health[0]
+        return self._asleep(endpoint) or Answer(status)
+
+    def _asleep(self, endpoint: Endpoint) -> Answer | None:
+        """What the proxy says in front of an endpoint that does not run; a request wakes one scaled to zero."""
+        if endpoint.state == "scaledToZero":
+            endpoint.turn("initializing")
+        else:
+            endpoint.seen()
+        return None if endpoint.state == "running" else Answer(503, {"error": "503 Service Unavailable"})
 
 
 # What can be answered.
@@ -283,6 +655,72 @@ def error(status: int, message: str = "", *, retry_after: float | None = None) -
     """An error in OpenAI's layout."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return Answer(status, {"error": {"message": message or f"status {status} on order", "code": status}}, headers)
+
+
+def generation(call: Call, text: str | None = None, *, tokenizer: Any = None, **details: Any) -> Answer:
+    """A generation in TGI's layout, by default the usual reflection; `details` overrides parts of its details.
+
+    As a real one it ends after a stop sequence, or with the last token that was asked for.
+    """
+    given = call.body.get("parameters") or {}
+    text = reflection(_as_chat(call.body["inputs"], given.get("grammar"))) if text is None else text
+    reason = "eos_token"
+    stops = [text.index(stop) + len(stop) for stop in given.get("stop") or [] if stop in text]
+    if stops:
+        text, reason = text[: min(stops)], "stop_sequence"
+    encoded = (tokenizer or _Words()).encode(text, add_special_tokens=False)
+    most = given.get("max_new_tokens") or 1024
+    if len(encoded.ids) > most:
+        text, reason = text[: encoded.offsets[most - 1][1]], "length"
+    spans = list(zip(encoded.ids, encoded.offsets, strict=True))[:most]
+    tokens = [{"id": one, "text": text[slice(*span)], "logprob": -0.5, "special": False} for one, span in spans]
+    counted = {"finish_reason": reason, "generated_tokens": len(tokens), "seed": given.get("seed")}
+    body: dict[str, Any] = {"generated_text": text, "details": None}
+    if given.get("details") or details:
+        body["details"] = {**counted, "prefill": [], "tokens": tokens, **details}
+    if given.get("return_full_text"):
+        body["generated_text"] = call.body["inputs"] + text
+    return Answer(body=body)
+
+
+def tgi_error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """An error in TGI's layout."""
+    return Answer(status, {"error": message, "error_type": kind}, headers or {})
+
+
+TGI_ERRORS = {
+    "validation": (422, "Input validation error: `inputs` must have less than 4095 tokens. Given: 5000"),
+    "overloaded": (429, "Model is overloaded"),
+    "generation": (424, "Request failed during generation: Server error: CUDA out of memory"),
+    "incomplete_generation": (500, "Incomplete generation"),
+}
+"""Status and words of TGI's own errors, by their type."""
+
+
+def _as_chat(inputs: str, grammar: Mapping[str, Any] | None) -> dict[str, Any]:
+    messages = messages_in(inputs) or [{"role": "user", "content": inputs}]
+    if not grammar:
+        return {"messages": messages}
+    return {"messages": messages, "response_format": {"json_schema": {"schema": _parsed(grammar["value"])}}}
+
+
+def _parsed(schema: Any) -> Mapping[str, Any]:
+    return json.loads(schema) if isinstance(schema, str) else schema
+
+
+def _streamed(answer: Answer) -> Answer:
+    """A generation, or an error, as server-sent events; an error has the status 200 there."""
+    if not isinstance(answer.body, dict):
+        return answer
+    events = [answer.body]
+    if "generated_text" in answer.body:
+        details = answer.body["details"]
+        counted = {key: details[key] for key in ("finish_reason", "generated_tokens", "seed")}
+        tokens = enumerate(details["tokens"], 1)
+        events = [{"index": i, "token": token, "generated_text": None, "details": None} for i, token in tokens]
+        events[-1] |= {"generated_text": answer.body["generated_text"], "details": {**counted, "input_length": 1}}
+    chunks = tuple(f"data:{json.dumps(event)}\n\n".encode() for event in events)
+    return replace(answer, status=200, body=chunks, headers={**answer.headers, "Content-Type": "text/event-stream"})
 
 
 def _cut(where: str) -> Callable[[Call], Answer]:

@@ -141,11 +141,12 @@ def get(url: str, shown: str, key: str | None, headers: Mapping[str, str] | None
     from huggingface_hub.utils import get_session
 
     bearer = {"authorization": f"Bearer {key}"} if key else {}
+    sent = {**bearer, **(headers or {})}
     try:
-        response = get_session().get(url, headers={**bearer, **(headers or {})}, timeout=30)
+        response = get_session().get(url, headers=sent, timeout=30)
         text = response.text
     except Exception as error:
-        meant = failure(error, shown, secrets_in(headers or {}, key))
+        meant = failure(error, shown, secrets_in(sent, key))
         if isinstance(meant, PassingError):
             raise OracleError(f"oracle {shown}: {meant}. {meant.advice}") from None
         if meant is None:

@@ -23,6 +23,7 @@ from hf_reflect.oracles.base import PassingError, RowFailedError
 _PASSING = {408, 409, 424, 425, 429, 500, 502, 503, 504, 529}
 _THROTTLED = {408, 429, 503, 504, 529}
 _ADVICE = {
+    402: "Buy credits or take another oracle, then run the same command again: nothing paid for is lost.",
     401: "Set the key in HF_REFLECT_API_KEY, or log in with `hf auth login` for a Hugging Face host.",
     403: "The key has no right to this model: ask for access, or use another key.",
     404: "Check the URL (it usually ends in /v1) and --oracle-model.",
@@ -106,10 +107,10 @@ def read_fault(error: BaseException, secrets: Sequence[str] = ()) -> Fault | Non
 
     if isinstance(error, OfflineModeIsEnabled):
         return Fault("HF_HUB_OFFLINE=1 forbids huggingface_hub to call any server; unset it", lasting=True)
-    if isinstance(error, InferenceTimeoutError | asyncio.TimeoutError):
+    if isinstance(error, InferenceTimeoutError | asyncio.TimeoutError) or type(error).__name__ == "ReadTimeout":
         return Fault("no reply in time", passing=True, throttled=True)
     if isinstance(error, TextGenerationError):
-        return _of_tgi(error)
+        return _of_tgi(error, secrets)
     status, body, headers = _http_answer(error)
     if status is not None and status != 200:
         return Fault.of_status(status, redact(body, secrets), headers)
@@ -125,11 +126,16 @@ def read_fault(error: BaseException, secrets: Sequence[str] = ()) -> Fault | Non
     return None
 
 
-def _of_tgi(error: Exception) -> Fault:
+def _of_tgi(error: Exception, secrets: Sequence[str]) -> Fault:
     from huggingface_hub.errors import OverloadedError, ValidationError
 
-    said = f"{type(error).__name__}: {error}"[:_LONGEST]
-    return Fault(said, passing=not isinstance(error, ValidationError), throttled=isinstance(error, OverloadedError))
+    _, _, headers = _http_answer(error.__cause__ or error.__context__ or error)
+    return Fault(
+        redact(f"{type(error).__name__}: {error}", secrets)[:_LONGEST],
+        passing=not isinstance(error, ValidationError),
+        throttled=isinstance(error, OverloadedError),
+        retry_after=wait_in(headers),
+    )
 
 
 def secrets_in(headers: Mapping[str, str], key: str | None = None) -> tuple[str, ...]:
@@ -171,7 +177,6 @@ def _transport_errors() -> tuple[type[BaseException], ...]:
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SPENT = re.compile(r"r=0\b.*?t=(\d+)")
 
 
 def wait_in(headers: Mapping[str, str]) -> float | None:
@@ -182,18 +187,24 @@ def wait_in(headers: Mapping[str, str]) -> float | None:
     """
     found = {name.lower(): value.strip() for name, value in headers.items()}
     if (milliseconds := _number(found.get("retry-after-ms"))) is not None:
-        return milliseconds / 1000
+        return max(0.0, milliseconds / 1000)
     if "retry-after" in found:
         return _until(found["retry-after"])
-    if spent := _SPENT.search(found.get("ratelimit", "")):
-        return float(spent[1])
-    waits = []
+    waits = [wait for item in found.get("ratelimit", "").split(",") if (wait := _spent(item)) is not None]
+    if waits:
+        return max(waits)
     for name, value in found.items():
         kind = name.removeprefix("x-ratelimit-reset")
         remaining = _number(found.get(f"x-ratelimit-remaining{kind}"))
         if name != kind and (remaining is None or remaining <= 0) and (wait := _span(value)) is not None:
             waits.append(wait)
     return max(waits, default=None)
+
+
+def _spent(item: str) -> float | None:
+    """Seconds until an item of the `RateLimit` header is filled again; null where something remains of it."""
+    parameters = dict(part.strip().partition("=")[::2] for part in item.split(";")[1:])
+    return _number(parameters.get("t")) if _number(parameters.get("r")) == 0 else None
 
 
 def _until(retry_after: str) -> float | None:

@@ -1,8 +1,6 @@
-"""An oracle behind Text Generation Inference's own protocol (`/generate`).
+"""An oracle behind Text Generation Inference's own protocol.
 
-Asked through the `text-generation` client where the extra `tgi` is installed, else through huggingface_hub. The
-protocol takes plain text, so the model's chat template is applied here: by the server itself (`/chat_tokenize`), or
-by the model's tokenizer where the server is too old for that.
+Asked through the `text-generation` client where the extra `tgi` is installed, else through huggingface_hub.
 """
 
 import asyncio
@@ -16,8 +14,18 @@ from hf_reflect.oracles.base import PassingError, Reply, Request
 from hf_reflect.oracles.chat import API_KEY_VARIABLE, checked, get, hugging_face_token, without_secrets
 from hf_reflect.oracles.clients import Clients
 from hf_reflect.oracles.faults import Fault, failure, raised, redact, secrets_in
+from hf_reflect.oracles.tgi_chat import ChatTemplate
 
 
+_VAGUE = {
+    "NotFoundError",
+    "OverloadedError",
+    "RateLimitExceededError",
+    "ShardNotReadyError",
+    "ShardTimeoutError",
+    "UnknownError",
+}
+"""Errors of the `text-generation` client that a proxy in front of TGI may have caused, for any reason."""
 _FINISHED = {"eos_token": "stop", "stop_sequence": "stop"}
 
 
@@ -58,7 +66,16 @@ class TGIOracle:
         self.name = str(info["model_id"])
         self._revision = info.get("model_sha")
         self.context: int | None = info.get("max_total_tokens")
-        self._template = self._chat_template(model)
+        self._template = ChatTemplate(
+            self._address,
+            self._headers,
+            self._secrets,
+            spec=self.spec,
+            served=self.name,
+            revision=self._revision,
+            model=model,
+            timeout=timeout,
+        )
         self._clients = Clients(partial(_make_client, self._address, self._headers, timeout))
         self._generate: _Generate = _by_text_generation() or _by_huggingface_hub(self._address)
 
@@ -79,25 +96,35 @@ class TGIOracle:
             prompt, length = await asyncio.to_thread(self._template, [dict(m) for m in request.messages])
             async with self._clients.borrow() as client:
                 answer = await self._generate(client, prompt, self._parameters(request, length))
-                details = answer.details
-                written, reason = (
-                    details.generated_tokens,
-                    str(getattr(details.finish_reason, "value", details.finish_reason)),
-                )
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            raise PassingError(f"the reply is not one of TGI ({type(error).__name__})") from error
         except Exception as error:
-            meant = failure(_translated(error), self.spec, self._secrets)
+            meant = failure(await self._plain(error), self.spec, self._secrets)
             if meant is None:
                 raise
             raise meant from error
-        reason = str(getattr(reason, "value", reason))  # an enumeration, or its value
-        return Reply(
-            text=answer.generated_text,
-            finish_reason=_FINISHED.get(reason, reason),
-            prompt_tokens=length,
-            completion_tokens=written,
-        )
+        return _read(answer, length)
+
+    async def _plain(self, error: Exception) -> Exception:
+        """What the HTTP client said, from under what a client of TGI made of it."""
+        translated = _translated(error)
+        if type(error).__name__ in _VAGUE or isinstance(translated, _NoStatusError):
+            return await asyncio.to_thread(self._refusal, translated)
+        return translated
+
+    def _refusal(self, error: Exception) -> Exception:
+        """What is behind an error of a client that gives neither status nor headers.
+
+        Asking once more, for nothing, tells: a server that would have answered finds that invalid.
+        """
+        from huggingface_hub.utils import get_session
+
+        try:
+            response = get_session().post(f"{self._address}/", json={}, headers=self._headers, timeout=self.timeout)
+        except Exception as failed:
+            return failed
+        if response.status_code in (200, 400, 422):
+            return error
+        fault = Fault.of_status(response.status_code, redact(response.text, self._secrets), response.headers)
+        return raised(fault, self.spec, self._secrets)
 
     def _parameters(self, request: Request, length: int) -> dict[str, Any]:
         sampling = request.sampling
@@ -121,63 +148,8 @@ class TGIOracle:
             raise OracleError(f"oracle {self.spec}: no TGI answers there (GET /info: HTTP {status}). Check the URL.")
         return data
 
-    def _chat_template(self, model: str | None) -> "_Template":
-        probe = [{"role": "user", "content": "probe"}]
-        if model is None:
-            by_server = partial(_templated_by_server, self._address, self._headers)
-            try:
-                by_server(probe)
-            except _NoTemplateError:
-                pass  # an older server
-            except Exception as error:
-                meant = failure(error, self.spec, self._secrets)
-                if meant is None:
-                    raise
-                raise OracleError(f"oracle {self.spec}: its chat template can't be had: {meant}") from None
-            else:
-                return by_server
-        from transformers import AutoTokenizer
-
-        name = model or self.name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=None if model else self._revision)
-        except (OSError, ValueError) as error:
-            raise OracleError(
-                f"oracle {self.spec}: the chat template of {name} can't be had. Name the model or a folder with its "
-                "tokenizer with --oracle-model, or ask through the Messages API: --oracle URL/v1"
-            ) from error
-        if not tokenizer.chat_template:
-            raise OracleError(
-                f"oracle {self.spec}: {name} has no chat template. Name a chat model with --oracle-model."
-            )
-        return partial(_templated_by_tokenizer, tokenizer)
-
-
-_Template = Callable[[list[dict[str, str]]], tuple[str, int]]
-"""Chat messages to the text that the model reads, and its length in tokens."""
 
 _Generate = Callable[[Any, str, dict[str, Any]], Awaitable[Any]]
-
-
-class _NoTemplateError(Exception):
-    pass
-
-
-def _templated_by_tokenizer(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text, len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _templated_by_server(address: str, headers: Mapping[str, str], messages: list[dict[str, str]]) -> tuple[str, int]:
-    from huggingface_hub.utils import get_session
-
-    body = {"model": "tgi", "messages": messages}
-    response = get_session().post(f"{address}/chat_tokenize", json=body, headers=dict(headers), timeout=60)
-    if response.status_code in (404, 405, 422):
-        raise _NoTemplateError
-    response.raise_for_status()
-    data = response.json()
-    return str(data["templated_text"]), len(data["tokenize_response"])
 
 
 def _by_text_generation() -> _Generate | None:
@@ -216,21 +188,42 @@ def _make_client(address: str, headers: Mapping[str, str], timeout: float) -> An
     return AsyncClient(address, headers=dict(headers), timeout=timeout)
 
 
+class _NoStatusError(PassingError):
+    """A client did not understand an answer, and does not say which status it had."""
+
+
+def _read(answer: Any, length: int) -> Reply:
+    """The reply in an answer of either client.
+
+    Raises:
+        PassingError: it has not the shape that TGI's have.
+    """
+    details = getattr(answer, "details", None)
+    text, written = getattr(answer, "generated_text", None), getattr(details, "generated_tokens", None)
+    reason = getattr(details, "finish_reason", None)
+    reason = getattr(reason, "value", reason)  # an enumeration, or its value
+    if not isinstance(text, str) or not isinstance(written, int) or not isinstance(reason, str):
+        raise PassingError("the reply has not the shape that those of TGI have")
+    return Reply(text, _FINISHED.get(reason, reason), prompt_tokens=length, completion_tokens=written)
+
+
 def _translated(error: Exception) -> Exception:
-    """An error of the `text-generation` client as huggingface_hub would have raised it."""
-    if type(error).__module__.startswith("pydantic"):
-        return PassingError("the reply is not one of TGI")
-    if type(error).__module__ != "text_generation.errors":
-        return error
+    """An error of a client as one that `failure` knows."""
     from huggingface_hub import errors
 
     name = type(error).__name__
-    if name in ("ValidationError", "OverloadedError", "GenerationError", "IncompleteGenerationError"):
-        return getattr(errors, name)(str(error))  # type: ignore[no-any-return]
-    if name == "RateLimitExceededError":
-        return errors.OverloadedError(str(error))
-    if name in ("BadRequestError",):
-        return errors.ValidationError(str(error))
-    if name == "NotFoundError":
-        return OracleError(f"oracle: {error}")
-    return errors.GenerationError(str(error))  # a shard that is not ready, or times out
+    if type(error).__module__.startswith("pydantic"):
+        return PassingError("the reply has not the shape that those of TGI have")
+    if type(error).__module__ == "text_generation.errors":
+        if name == "RateLimitExceededError":
+            return errors.OverloadedError(str(error))
+        if name in ("ValidationError", "OverloadedError", "GenerationError", "IncompleteGenerationError"):
+            return getattr(errors, name)(str(error))  # type: ignore[no-any-return]
+        if name == "BadRequestError":
+            return errors.ValidationError(str(error))
+        return errors.GenerationError(str(error))  # a shard that is not ready, or times out
+    if isinstance(error, KeyError | IndexError | TypeError | AttributeError):
+        # Both clients index into an error's body before they look at what it is.
+        under = error.__context__ or error.__cause__
+        return under if isinstance(under, Exception) else _NoStatusError("the reply is not one of TGI")
+    return error
