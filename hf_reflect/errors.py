@@ -33,6 +33,10 @@ class RecipeError(HfReflectError):
     """The recipe is contradictory or names an unknown option."""
 
 
+class HubError(HfReflectError):
+    """Something can't be pushed to the Hub or had from it."""
+
+
 class JournalError(HfReflectError):
     """The journal can't be opened or written."""
 

@@ -22,7 +22,7 @@ EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
 _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`]*`|https?://\S+", re.DOTALL)
 _ENOUGH_LETTERS = 60
-_SURE = 0.99
+_IMPOSSIBLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,18 @@ class Guards:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Guards":
-        """Guards from what a recipe holds."""
-        return cls(**{**data, "names": tuple(data.get("names", DEFAULT_GUARDS))})
+        """Guards from what a recipe holds.
+
+        Raises:
+            RecipeError: it is no description of guards.
+        """
+        names = data.get("names", DEFAULT_GUARDS)
+        sound = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        kinds = {"longest": int | float, "similarity": int | float, "embeddings": str}
+        sound = sound and all(isinstance(data[key], kind) for key, kind in kinds.items() if key in data)
+        if not sound or set(data) - {"names", *kinds}:
+            raise RecipeError(f"guards: can't be read: {dict(data)}")
+        return cls(**{**data, "names": tuple(names)})
 
     def to_dict(self) -> dict[str, Any]:
         """All that decides a finding, as JSON-able values."""
@@ -86,10 +96,10 @@ def _language(guards: Guards, before: Pair, after: Pair, critique: str) -> Findi
     for part in ("question", "response"):
         if part == "response" and after.question != before.question:
             continue  # another instruction may well ask for another language
-        old, new = language(getattr(before, part)), language(getattr(after, part))
-        if old and new and old != new:
+        old, new = languages(getattr(before, part)), languages(getattr(after, part))
+        if old and new and _other(old, new) and _other(new, old):
             what = "instruction" if part == "question" else "response"
-            return "language_changed", f"the {what} was in {old} and is now in {new}"
+            return "language_changed", f"the {what} was in {_first(old)} and is now in {_first(new)}"
     return None
 
 
@@ -140,13 +150,21 @@ _CHECKS: dict[str, Callable[[Guards, Pair, Pair, str], Finding | None]] = {
 }
 
 
-def language(text: str) -> str | None:
-    """The language of a text (ISO 639-1), code aside; null where it is too short or too mixed to be sure."""
+def languages(text: str) -> dict[str, float] | None:
+    """The probability of each language (ISO 639-1) of a text, code aside; null where it is too short to tell."""
     prose = _NO_PROSE.sub(" ", text)
     if sum(character.isalpha() for character in prose) < _ENOUGH_LETTERS:
         return None
-    name, probability = _identifier().classify(prose)
-    return str(name) if probability > _SURE else None
+    return {str(name): float(probability) for name, probability in _identifier().rank(prose)}
+
+
+def _other(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether a text is certainly not in the likeliest language of another."""
+    return one[_first(other)] < _IMPOSSIBLE
+
+
+def _first(found: Mapping[str, float]) -> str:
+    return max(found, key=lambda name: found[name])
 
 
 @cache

@@ -69,6 +69,10 @@ class RowFormat(ABC):
     def write(self, row: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
         """The columns of `row` that hold the pair, with `pair` in them."""
 
+    def nulls(self, row: Mapping[str, Any]) -> dict[str, None]:
+        """The parts of the pair that the row has a null for, where an empty text is read: to put it back as it was."""
+        return {}
+
     @property
     @abstractmethod
     def text_columns(self) -> tuple[str, ...]:
@@ -93,6 +97,9 @@ class TextColumns(RowFormat):
             response=_text(row, self.response),
             input=_text(row, self.input) if self.input else "",
         )
+
+    def nulls(self, row: Mapping[str, Any]) -> dict[str, None]:
+        return {"input": None} if self.input and row.get(self.input) is None else {}
 
     def write(self, row: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
         if self.input is None:

@@ -85,6 +85,7 @@ class Recipe:
         version: Of this package.
         guards: The checks that rewrites had to pass.
         retry_truncated: The room that a reply that was cut off got the second time; null for no second time.
+        about: What the source's own card says of it (`license`, `language`, ...). Decides nothing.
     """
 
     source: Mapping[str, Any]
@@ -96,6 +97,7 @@ class Recipe:
     version: str
     guards: Mapping[str, Any] = field(default_factory=dict)
     retry_truncated: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -125,6 +127,7 @@ class Recipe:
             "guards": dict(self.guards),
             "retry_truncated": self.retry_truncated,
             "student": None if self.student is None else dict(self.student),
+            "about": dict(self.about),
             "oracles": [dict(oracle) for oracle in self.oracles],
         }
         return _dump(data)
@@ -145,19 +148,7 @@ class Recipe:
             raise RecipeError(f"recipe {file}: can't be read: {' '.join(str(error).split())}") from error
         if not isinstance(data, Mapping):
             raise RecipeError(f"recipe {file}: not a recipe")
-        missing = [name for name in _REQUIRED if name not in data]
-        if missing:
-            raise RecipeError(f"recipe {file}: lacks {', '.join(missing)}")
-        for name in ("source", "student"):
-            if not isinstance(data.get(name), Mapping) and not (name == "student" and data.get(name) is None):
-                raise RecipeError(f"recipe {file}: {name} is not a mapping")
-        if not isinstance(data["oracles"], list) or not data["oracles"]:
-            raise RecipeError(f"recipe {file}: oracles is not a list")
-        for oracle in data["oracles"]:
-            if not isinstance(oracle, Mapping) or not all(
-                isinstance(oracle.get(part), Mapping) for part in ("identity", "sampling", "prompts")
-            ):
-                raise RecipeError(f"recipe {file}: an oracle lacks its identity, sampling or prompts")
+        _check(data, str(file))
         rest = {name: data[name] for name in _REQUIRED}
         return cls(
             **rest,
@@ -165,9 +156,30 @@ class Recipe:
             version=str(data.get("hf_reflect")),
             guards=data.get("guards") or {},
             retry_truncated=data.get("retry_truncated"),
+            about=data.get("about") or {},
         )
 
 
+def _check(data: Mapping[str, Any], file: str) -> None:
+    """Refuses what is no recipe, saying what is wrong."""
+    if missing := [name for name in _REQUIRED if name not in data]:
+        raise RecipeError(f"recipe {file}: lacks {', '.join(missing)}")
+    for name in ("source", "student", "guards"):
+        if not isinstance(data.get(name, {}), Mapping) and not (name == "student" and data["student"] is None):
+            raise RecipeError(f"recipe {file}: {name} is not a mapping")
+    retry = data.get("retry_truncated")
+    if retry is not None and (not isinstance(retry, int) or isinstance(retry, bool) or retry < 1):
+        raise RecipeError(f"recipe {file}: retry_truncated is not a number of tokens")
+    if not isinstance(data["oracles"], list) or not data["oracles"]:
+        raise RecipeError(f"recipe {file}: oracles is not a list")
+    for oracle in data["oracles"]:
+        parts = (
+            [oracle.get(part) for part in ("identity", "sampling", "prompts")] if isinstance(oracle, Mapping) else []
+        )
+        if not parts or not all(isinstance(part, Mapping) for part in parts):
+            raise RecipeError(f"recipe {file}: an oracle lacks its identity, sampling or prompts")
+
+
 def _without_spec(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a model's answers: not where it was found."""
-    return {name: value for name, value in model.items() if name != "spec"}
+    """What determines a model's answers: not where it was found, nor what it is called."""
+    return {name: value for name, value in model.items() if name not in ("spec", "name")}

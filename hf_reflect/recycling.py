@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_reflect import __version__
-from hf_reflect.cards import render_card
+from hf_reflect.cards import CardData, render_card
 from hf_reflect.columns import DEFAULT, REFLECTIONS
 from hf_reflect.errors import OracleError, OutputError, RecipeError, SourceError
 from hf_reflect.guards import Guards
 from hf_reflect.journal import Journal, open_journal
+from hf_reflect.merging import sign
 from hf_reflect.oracles import Sampling
+from hf_reflect.oracles.base import close_all
 from hf_reflect.oracles.pace import Limits
 from hf_reflect.output import OutputFolder
 from hf_reflect.progress import bars
@@ -161,12 +163,9 @@ def recycle(
     if not splits:
         raise SourceError(f"{source.provenance['path']}: there are no rows.")
     book = journal if isinstance(journal, Journal) else open_journal(journal)
-    if seed is not None:
-        sampling = (
-            replace(sampling, seed=seed) if isinstance(sampling, Sampling) else {**(sampling or {}), "seed": seed}
-        )
     checks = guards or Guards()
     judge = load_student(student, **(student_options or {})) if scored and student is not None else None
+    sampling = _seeded(sampling, seed)
     asked = teachers(oracle, prompts=prompts, sampling=sampling, journal=book, limits=limits, **(oracle_options or {}))
     with _closing(asked):
         recipe = Recipe(
@@ -174,21 +173,15 @@ def recycle(
             method=method,
             keep=keep,
             gate_first=gate_first,
-            oracles=[{"spec": teacher.spec, **teacher.identity} for teacher in asked],
+            oracles=[{"spec": teacher.spec, "name": teacher.name, **teacher.identity} for teacher in asked],
             guards=checks.to_dict(),
             retry_truncated=retry_truncated,
             student=judge.recipe if judge else None,
             version=__version__,
+            about=source.about,
         )
-        steps = chain(
-            asked,
-            judge,
-            method=method,
-            gate_first=gate_first,
-            guards=checks,
-            retry_truncated=retry_truncated,
-            journal=book,
-        )
+        reflecting = {"guards": checks, "retry_truncated": retry_truncated}
+        steps = chain(asked, judge, method=method, gate_first=gate_first, journal=book, **reflecting)
         folder = OutputFolder(output, recipe, overwrite=overwrite) if output is not None else None
         summary = Summary(purse=asked[0].oracle.purse)
         try:
@@ -216,9 +209,10 @@ def _closing(asked: list[Teacher]) -> Iterator[None]:
     """Ends the use of the oracles, whatever happens: an endpoint may have to be paused."""
     try:
         yield
-    finally:
-        for teacher in asked:
-            teacher.close()
+    except BaseException:
+        close_all(teacher.oracle.oracle for teacher in asked)
+        raise
+    close_all(teacher.oracle.oracle for teacher in asked)
 
 
 @dataclass(frozen=True)
@@ -311,6 +305,7 @@ def _run(
         for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, stop), strict=True):
             summary.add(reflections)
             summary.kept += len(default)
+            summary.columns = default.column_names
             for config, rows in (("default", default), ("reflections", reflections)):
                 if folder is None:
                     parts.setdefault((config, split), []).append(rows)
@@ -378,7 +373,8 @@ def _publish(folder: OutputFolder, recipe: Recipe, summary: Summary, location: s
             f"{folder.path}: no row is left to write: keep {recipe.keep} leaves out all {summary.rows}. Run it again "
             "with --keep all, which costs nothing: every reply is in the journal."
         )
-    folder.finish(lambda files: render_card(recipe, summary, files, folder.path.name, location))
+    title = folder.path.name
+    folder.finish(lambda files: sign(render_card(CardData(recipe, summary, files, title, location))))
 
 
 def _collect(parts: Parts, folder: OutputFolder | None, splits: list[str], single: bool, config: str) -> Any:

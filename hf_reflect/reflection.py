@@ -184,8 +184,9 @@ class Reflector:
         sampling = sampling or self.sampling
         request = Request(self.prompts.messages(self.phase, part, pair, values), sampling, schema)
         call = await self._ask(part, request, calls)
-        if call.finish_reason == "length" and self.retry_truncated and sampling == self.sampling:
-            sampling = replace(sampling, max_tokens=self.retry_truncated)
+        more = self.retry_truncated if part != "critique" else None  # a critique that was cut short still serves
+        if call.finish_reason == "length" and more is not None and more > sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=more)
             call = await self._ask(part, replace(request, sampling=sampling), calls)
         if call.finish_reason == "content_filter":
             raise _NoRewriteError("refused", "the server's content filter stopped the reply")

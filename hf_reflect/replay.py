@@ -29,7 +29,7 @@ class Recording:
     """
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location = str(Path(location).expanduser()) if Path(location).expanduser().is_dir() else location
         self.recipe = _recipe(location)
         self.reflections = self._load("reflections")
 
@@ -70,9 +70,10 @@ class ReplayOracle:
         self._recording, self._number = recording, number
         entry = recording.recipe.oracles[number]
         self.spec = f"replay:{recording.location}"
-        self.name = str(entry["identity"].get("model"))
+        self.name = str(entry.get("name") or entry["identity"].get("model"))
         self.asked_with = Prompts.from_dict(entry["prompts"], self.spec)
         self.sampling = Sampling(**entry["sampling"])
+        self.retry_truncated = recording.recipe.retry_truncated
         self.prompts: str = self.asked_with.style
         self.max_tokens = self.sampling.max_tokens
         self._where: dict[bytes, tuple[str, int, Phase, int]] | None = None
@@ -153,8 +154,7 @@ def _requests(pair: Pair, phase: Phase, calls: list[Row], oracle: ReplayOracle) 
         keys.append(_key(request))
         return _reply(calls[len(keys) - 1])
 
-    # A request with the same messages and more room followed where a reply was cut off.
-    more = oracle.sampling.max_tokens + 1
+    more = oracle.retry_truncated
     reflector = Reflector(ask, oracle.name, oracle.asked_with, oracle.sampling, phase, retry_truncated=more)
     _run_at_once(reflector.reflect(pair))
     return keys
@@ -170,7 +170,8 @@ def _run_at_once(coroutine: Any) -> None:
 
 
 def _key(request: Request) -> bytes:
-    said = json.dumps([dict(message) for message in request.messages], sort_keys=True)
+    messages = [dict(message) for message in request.messages]
+    said = json.dumps([request.sampling.max_tokens, messages], sort_keys=True)
     return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_reflect.columns import DEFAULT, rows_of, updated
 from hf_reflect.errors import SourceError
+from hf_reflect.guards import Guards
 from hf_reflect.pairs import recognise
 from hf_reflect.recycling import Recycled, recycle
 from hf_reflect.replay import Recording, original_pair
@@ -32,13 +33,18 @@ def reselect(
         student: Who decides this time.
         data: The dataset that was recycled. By default it is restored from the recycled one, or, where rows were left
             out of that, loaded from where the recipe says it came from.
-        **options: What else `recycle` takes, such as `method`, `keep`, `student_options` and `journal`.
+        **options: What else `recycle` takes, such as `method`, `keep`, `student_options` and `journal`. Guards are
+            those of the recipe unless others are given.
 
     Raises:
         HfReflectError: as for `recycle`; or the data can't be had.
     """
     recording = Recording(str(dataset))
     made_from = recording.recipe.source
+    same = {
+        "guards": Guards.from_dict(recording.recipe.guards),
+        "retry_truncated": recording.recipe.retry_truncated,
+    }
     return recycle(
         _restored(recording) if data is None else data,
         output,
@@ -47,7 +53,7 @@ def reselect(
         name=made_from.get("name"),
         split=made_from.get("split"),
         limit=made_from.get("limit"),
-        **options,
+        **{**same, **options},
     )
 
 
@@ -56,7 +62,7 @@ def _restored(recording: Recording) -> Source:
     where = {key: value for key, value in recording.recipe.source.items() if key not in ("split", "limit")}
     if all(len(recording.default.get(key, ())) == len(rows) for key, rows in recording.reflections.items()):
         splits = {key: _before(rows, recording.reflections[key]) for key, rows in recording.default.items()}
-        return Source(splits, where, single=False)
+        return Source(splits, where, single=False, about=recording.recipe.about)
     try:
         return load_source(where["path"], name=where.get("name"))
     except SourceError as error:
@@ -77,7 +83,8 @@ def _before(rows: Any, reflections: Any) -> Any:
             if row["recycled"] == "original":
                 continue
             for name, value in row_format.write(row, original_pair({"original": originals[i]})).items():
-                columns[name][i] = value
+                was_null = name == "input" and originals[i]["input"] is None
+                columns[name][i] = None if was_null else value
         return updated(batch, columns)
 
     restored = rows.map(restore, batched=True, with_indices=True, keep_in_memory=True, load_from_cache_file=False)

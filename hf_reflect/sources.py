@@ -1,7 +1,7 @@
 """Where instruction data comes from: a Hub id, a local folder or file, or datasets already in memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ class Source:
         splits: Datasets by split name.
         provenance: What the recipe says of the source: where it is, and which version or content it had.
         single: Whether it is one dataset rather than a dictionary of splits.
+        about: What its card says of it: licence, languages, name.
     """
 
     splits: Mapping[str, "Dataset"]
     provenance: Mapping[str, Any]
     single: bool
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_source(
@@ -60,11 +62,12 @@ def load_source(
         raise SourceError("a streaming dataset has no end to write: map the transforms over it yourself, or load it.")
     loaded: Any
     if isinstance(source, Source):
-        loaded, provenance = DatasetDict(source.splits), dict(source.provenance)
+        loaded, provenance, about = DatasetDict(source.splits), dict(source.provenance), source.about
     elif isinstance(source, str | Path):
         loaded, provenance = _load(source, name)
+        about = _about(str(source))
     else:
-        loaded, provenance = source, {"path": "in memory", "fingerprint": _fingerprint(source)}
+        loaded, provenance, about = source, {"path": "in memory", "fingerprint": _fingerprint(source)}, {}
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {_split_name(loaded): loaded}
     if split is not None:
         if split not in splits:
@@ -75,7 +78,7 @@ def load_source(
     for rows in splits.values():
         if not scored:
             check_columns(rows.column_names)
-    return Source(splits, provenance, single=split is not None or isinstance(loaded, Dataset))
+    return Source(splits, provenance, split is not None or isinstance(loaded, Dataset), about)
 
 
 def check_columns(columns: list[str]) -> RowFormat:
@@ -122,6 +125,25 @@ def _load(source: str | Path, name: str | None) -> tuple[Any, dict[str, Any]]:
         return loaded, {"path": str(source), "name": name, "revision": _revision(loaded)}
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
         raise SourceError(f"{source}: can't be read: {_first_line(error)}") from error
+
+
+_ABOUT = ("license", "license_name", "license_link", "language", "pretty_name", "multilinguality")
+
+
+def _about(source: str) -> dict[str, Any]:
+    """What the card of a folder or of a dataset on the Hub says; nothing where there is no card to be had."""
+    from huggingface_hub import DatasetCard
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    path = Path(source).expanduser()
+    card = path / "README.md" if path.is_dir() else None
+    if path.is_file() or (card is not None and not card.is_file()):
+        return {}
+    try:
+        said = DatasetCard.load(card or source, ignore_metadata_errors=True).data.to_dict()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return {}
+    return {key: said[key] for key in _ABOUT if said.get(key)}
 
 
 def _may_be_hub_id(source: str) -> bool:

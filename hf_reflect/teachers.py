@@ -1,6 +1,6 @@
 """Teachers: each an oracle with how it is asked. A run may have several; their rewrites compete."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from hf_reflect.errors import OracleError
 from hf_reflect.journal import Journal
 from hf_reflect.oracles import Oracle, Sampling, load_oracle
+from hf_reflect.oracles.base import close_all
 from hf_reflect.oracles.journaled import JournaledOracle
 from hf_reflect.oracles.pace import Limits
 from hf_reflect.oracles.purse import Purse
@@ -50,11 +51,6 @@ class Teacher:
             "prompts": self.prompts.to_dict(),
         }
 
-    def close(self) -> None:
-        """Ends the use of the oracle."""
-        if (close := getattr(self.oracle.oracle, "close", None)) is not None:
-            close()
-
 
 OracleSpec = str | Oracle | JournaledOracle | Teacher
 
@@ -91,8 +87,7 @@ def teachers(
         for one in wanted:
             made += _teachers(one, prompts, sampling, journal, purse, options)
     except BaseException:
-        for teacher in made:
-            teacher.close()
+        close_all(teacher.oracle.oracle for teacher in made)
         raise
     return made
 
@@ -117,6 +112,17 @@ def _teachers(
     if not isinstance(one, JournaledOracle):
         one = JournaledOracle(load_oracle(one, **options), journal, purse=purse)
     return [Teacher(one, Prompts.load(prompts or one.oracle.prompts), _sampling(one.oracle, sampling))]
+
+
+def oracle_specs(specs: Iterable[str | None]) -> list[str] | None:
+    """What `teachers` makes the same teachers from again; null where one has no spec."""
+    found: list[str] = []
+    for spec in specs:
+        if spec is None:
+            return None
+        if not (spec.startswith(REPLAY) and spec in found):  # one of these stands for all its oracles
+            found.append(spec)
+    return found
 
 
 def _sampling(oracle: Oracle, wanted: Sampling | Mapping[str, Any] | None) -> Sampling:

@@ -33,7 +33,7 @@ from hf_reflect.prompts import Phase, Prompts
 from hf_reflect.reflection import Reflector, proposed, reflect_all
 from hf_reflect.selection import Candidate, Decision, Keep, Method, accept, check, choose, keep
 from hf_reflect.student import Score, Student, load_student
-from hf_reflect.teachers import OracleSpec, Teacher, teachers
+from hf_reflect.teachers import OracleSpec, Teacher, oracle_specs, teachers
 
 
 Row = dict[str, Any]
@@ -100,14 +100,15 @@ class _Reflect(Transform):
         sampling: Sampling | Mapping[str, Any] | None = None,
         journal: Journal | str | Path | None = None,
         limits: Limits | None = None,
-        guards: Guards | None = None,
+        guards: Guards | Mapping[str, Any] | None = None,
         retry_truncated: int | None = None,
         **options: Any,
     ) -> None:
         self.teachers = teachers(
             oracle, prompts=prompts, sampling=sampling, journal=_journal(journal), limits=limits, **options
         )
-        self.guards, self.retry_truncated = guards or Guards(), retry_truncated
+        self.guards = guards if isinstance(guards, Guards) else Guards.from_dict(guards or {})
+        self.retry_truncated = retry_truncated
         self._given = {"prompts": prompts and Prompts.load(prompts), "sampling": sampling}
         super().__init__()
 
@@ -118,14 +119,26 @@ class _Reflect(Transform):
             "oracles": [teacher.identity for teacher in self.teachers],
             "guards": self.guards.to_dict(),
             "retry_truncated": self.retry_truncated,
+            # What is left out for want of money must not be taken for the answer when there is more.
+            "budget": self.teachers[0].oracle.purse.budget,
         }
 
     @property
     def arguments(self) -> dict[str, Any] | None:
-        specs = list(dict.fromkeys(teacher.spec for teacher in self.teachers))
-        if None in specs:
+        specs = oracle_specs(teacher.spec for teacher in self.teachers)
+        if specs is None:
             return None
-        return {"oracle": specs, **self._given, "guards": self.guards, "retry_truncated": self.retry_truncated}
+        # Two ways to ask for the same must not look different to the cache of `datasets`.
+        asked = {"prompts": self.teachers[0].prompts, "sampling": self.teachers[0].sampling}
+        for name, value in asked.items():
+            if any(getattr(teacher, name) != value for teacher in self.teachers):
+                asked[name] = self._given[name]
+        return {
+            "oracle": specs,
+            **asked,
+            "guards": self.guards.to_dict(),
+            "retry_truncated": self.retry_truncated,
+        }
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         row_format = recognise(batch.keys())
@@ -431,7 +444,7 @@ def _original(row_format: RowFormat, row: Row) -> Row | None:
             pair = row_format.read(row)
         except UnreadableRowError:
             return None
-        known = asdict(pair)
+        known = asdict(pair) | row_format.nulls(row)
     if untouched:
         known = {**known, "ifd": row.get("ifd_score"), "rifd": row.get("rifd_score")}
     return {"ifd": None, "rifd": None, **known}

@@ -26,17 +26,24 @@ FORMATTING = re.compile(r"[\\`*_{}\[\]<>|~$!]|&(?!#\d+;)|(?<!&)#")
 """What Markdown or HTML could read, other than a character reference."""
 
 
-def recipe(source="data/alpaca.json", oracle="teacher", student="student", prompts="paper", method="selective"):
+def recipe(
+    source="data/alpaca.json", oracle="teacher", student="student", prompts="paper", method="selective", others=()
+):
     return Recipe(
         source={"path": source, "content": "abc", "split": None, "limit": None},
         method=method,
         keep="all",
         gate_first=False,
-        prompts={**Prompts.load("paper").to_dict(), "name": prompts},
-        oracle={"spec": "x", "identity": {"model": oracle}, "sampling": {}},
+        oracles=[asked(oracle, prompts), *others],
         student=student and {"spec": "y", "identity": {"model": student}},
         version="0.1.0",
     )
+
+
+def asked(model="teacher", prompts="paper", version="1"):
+    """What a recipe says of one oracle."""
+    texts = {**Prompts.load("paper").to_dict(), "name": prompts, "version": version}
+    return {"spec": "x", "identity": {"model": model}, "sampling": {}, "prompts": texts}
 
 
 def row(recycled, before, after):
@@ -123,8 +130,15 @@ def test_the_card_says_what_was_done_with_what():
     card = render()
     for line in ("| source | data/alpaca.json |", "| oracle | teacher |", "| student | student |"):
         assert line in card
-    assert "| prompts | paper, version 1 |" in card
+    assert "| prompts | paper version 1 |" in card
     assert recipe().hash in card
+
+
+def test_a_card_names_every_oracle_and_every_set_of_prompts_once():
+    others = [asked("second", "json", "7"), asked("third"), asked("teacher", "json", "7")]
+    card = render(others=others)
+    assert "| oracle | teacher, second, third |" in card
+    assert "| prompts | paper version 1, json version 7 |" in card
 
 
 def test_without_a_student_the_card_says_so():

@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
-from oracle_server import FAULTS, OracleServer, completion
+from oracle_server import FAULTS, OracleServer, completion, error
 from test_transforms import alpaca
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hf_reflect import __version__, recycle
 from hf_reflect.cli import app
-from hf_reflect.errors import StudentError
+from hf_reflect.errors import HfReflectError, StudentError
 
 
 COMMAND = str(Path(sys.executable).parent / "hf-reflect")
@@ -24,6 +26,11 @@ def run(*words: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [COMMAND, *map(str, words)], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
+
+
+def invoke(*words: object) -> Result:
+    """The command in this process: quicker, and an error is still an exception."""
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture
@@ -63,7 +70,11 @@ def test_the_version_is_that_of_the_package():
     assert (done.returncode, done.stdout) == (0, f"hf-reflect {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["recycle"], ["show"], ["demo"]])
+COMMANDS = ["recycle", "estimate", "reselect", "score", "select", "show", "journal", "demo"]
+NESTED = [["journal", "info"], ["journal", "export"], ["journal", "prune"]]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), *NESTED], ids=" ".join)
 def test_every_command_explains_itself_without_heavy_imports(command):
     script = (
         "import sys; sys.argv = ['hf-reflect', *sys.argv[1:]]\n"
@@ -129,7 +140,7 @@ def test_a_student_that_the_hub_does_not_have(source, work, server, tmp_path):
 def test_a_student_folder_without_a_model(source, work, server, tmp_path):
     (tmp_path / "empty").mkdir()
     words = ["--oracle", server.url, "--journal", tmp_path / "journal", "--student", tmp_path / "empty"]
-    done = CliRunner().invoke(app, ["recycle", str(source), str(work / "out"), *map(str, words)])
+    done = invoke("recycle", source, work / "out", *words)
     assert isinstance(done.exception, StudentError)
     assert "\n" not in str(done.exception)
     assert not list(work.iterdir())
@@ -146,6 +157,59 @@ def test_a_server_that_goes_down_while_it_is_asked(source, work, options, server
     server.rule = lambda call: FAULTS["403"](call) if call.number > 3 else None
     check_is_one_line_of_advice(run("recycle", source, work / "out", *options), server.url, "HTTP 403")
     assert not list(work.iterdir())
+
+
+def test_a_server_that_does_not_recover_ends_the_run_and_is_gone_on_with_when_it_has(source, work, options, server):
+    late = replace(error(503, retry_after=0), delay=0.2)  # so that the answers before it have arrived
+    server.rule = lambda call: late if call.number > 3 else None
+    hasty = ["--patience", "0", "--attempts", "2"]
+    done = run("recycle", source, work / "out", *options, *hasty)
+    check_is_one_line_of_advice(done, "HTTP 503", "nothing but failures", "Run the same command again")
+    assert not list(work.iterdir())
+    answered, server.rule = {call.digest for call in server.completions[:3]}, None
+    before = len(server.completions)
+    assert run("recycle", source, work / "out", *options, *hasty).returncode == 0
+    assert not answered & {call.digest for call in server.completions[before:]}
+
+
+def test_a_server_that_asks_for_more_patience_than_there_is_ends_the_run_at_once(source, work, options, server):
+    server.rule = lambda call: error(429, "come back tomorrow", retry_after=86_400)
+    done = run("recycle", source, work / "out", *options, "--patience", "60")
+    check_is_one_line_of_advice(done, "HTTP 429", "come back tomorrow", "86400 seconds")
+    assert not list(work.iterdir())
+
+
+def test_calls_that_failed_and_were_made_again_are_counted(source, work, options, server):
+    server.rule = lambda call: error(503, retry_after=0) if call.number in (2, 5) else None
+    done = run("recycle", source, work / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "calls that failed" in done.stdout
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("calls that failed")]
+    assert line.split()[-1] == "2"
+
+
+def test_a_reply_that_was_cut_off_is_asked_for_again_if_the_command_says_so(source, work, options, server):
+    server.rule = lambda call: FAULTS["length"](call) if call.body["max_tokens"] == 50 else None
+    words = [*options, "--max-tokens", "50"]
+    once = run("recycle", source, work / "once", *words)
+    assert {call.body["max_tokens"] for call in server.completions} == {50}
+    twice = run("recycle", source, work / "twice", *words, "--retry-truncated", "900")
+    assert twice.returncode == 0, twice.stderr
+    assert "truncated" in once.stdout
+    assert "truncated" not in twice.stdout
+    again = run("recycle", source, work / "again", "--config", work / "twice", "--journal", options[-1])
+    assert again.returncode == 0, again.stderr
+    hashes = [yaml.safe_load((work / name / "recipe.yaml").read_text())["hash"] for name in ("once", "twice", "again")]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+def test_a_model_may_stand_behind_the_url(source, work, options, server):
+    server.models = ("alpha", "beta")
+    url = options[1]
+    words = ["--oracle", f"{url}#beta", *options[2:]]
+    assert run("recycle", source, work / "out", *words).returncode == 0
+    assert {call.body["model"] for call in server.completions} == {"beta"}
+    check_is_one_line_of_advice(run("recycle", source, work / "o", "--oracle", f"{url}#gamma", *options[2:]), "gamma")
 
 
 def test_a_wrong_model_name(source, work, options):
@@ -190,6 +254,47 @@ def test_a_recipe_that_is_none(source, work, tmp_path, options, text):
     file.write_text(text)
     done = run("recycle", source, work / "out", *options, "--config", file)
     check_is_one_line_of_advice(done, str(file))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("guards", "just text"),
+        ("guards", {"names": ["fancy"]}),
+        ("guards", {"names": "language"}),
+        ("guards", {"names": ["length"], "longest": "much"}),
+        ("guards", {"names": ["length"], "shortest": 3}),
+        ("retry_truncated", "often"),
+        ("oracles", []),
+        ("oracles", ["local"]),
+    ],
+)
+def test_a_recipe_with_a_part_that_makes_no_sense(source, work, tmp_path, options, part, value):
+    file = recipe_of_a_run(source, tmp_path / "made", options, **{part: value})
+    done = invoke("recycle", source, work / "out", "--config", file, "--journal", options[-1])
+    assert isinstance(done.exception, HfReflectError), done.output
+    assert not list(work.iterdir())
+
+
+def test_a_recipe_whose_oracle_was_an_object_says_to_name_one(source, work, tmp_path, options):
+    file = recipe_of_a_run(source, tmp_path / "made", options)
+    [oracle] = yaml.safe_load(file.read_text())["oracles"]
+    file = recipe_of_a_run(source, tmp_path / "made", options, oracles=[{**oracle, "spec": None}])
+    words = ["recycle", source, work / "out", "--config", file, "--journal", options[-1]]
+    assert invoke(*words, "--oracle", options[1]).exit_code == 0
+    done = invoke(*words, "--overwrite")
+    assert isinstance(done.exception, HfReflectError), done.exception
+    assert "--oracle" in str(done.exception)
+
+
+def recipe_of_a_run(source: Path, out: Path, options: list[str], **changes: object) -> Path:
+    """A recipe as a run wrote it, but for some changes."""
+    done = invoke("recycle", source, out, *options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    file = out.with_name("changed.yaml")
+    file.write_text(yaml.safe_dump({**recipe, **changes}))
+    return file
 
 
 def test_prompts_that_are_none(source, work, options):
@@ -237,8 +342,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _hostile_reply(call):
     new = f"new {call.digest} {HOSTILE}"  # another one in each phase
     first_phase = "exactly these two blocks" in call.user
-    instruction = f"[New Instruction]\n{new}\n[End]\n" if first_phase else ""
-    return completion(call, f"{HOSTILE}\n{instruction}[New Response]\n{new}\n[End]")
+    instruction = f"[New Instruction]\nask {new}\n[End]\n" if first_phase else ""
+    return completion(call, f"{HOSTILE}\n{instruction}[New Response]\nsay {new}\n[End]")
 
 
 def test_show_prints_the_first_row_that_changed(result):

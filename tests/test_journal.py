@@ -1,10 +1,13 @@
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -212,12 +215,157 @@ def test_only_its_owner_may_read_it(tmp_path):
         journal = Journal(tmp_path / "new" / "journal.sqlite3")
         journal.put("reply", {"k": "secret"})
         files = list((tmp_path / "new").iterdir())
-        assert len(files) >= 1
+        assert {file.name for file in files} == {f"journal.sqlite3{part}" for part in ("", "-wal", "-shm")}
         assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
         assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
         journal.close()
     finally:
         os.umask(before)
+
+
+def test_pruning_leaves_it_to_its_owner_alone(journal):
+    before = os.umask(0)
+    try:
+        journal.put("reply", {"k": "secret" * 10_000, "other": "secret"})
+        journal.prune("reply")
+        journal.put("reply", {"k": "secret"})
+        files = [file for file in journal.path.parent.iterdir() if file.name.startswith(journal.path.name)]
+        assert len(files) == 3
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    finally:
+        os.umask(before)
+
+
+DAY = 86_400.0
+
+
+def made(path, ages: dict[str, float]) -> None:
+    """Makes entries look as if they had been made so many days ago."""
+    with sqlite3.connect(path) as db:
+        for key, days in ages.items():
+            db.execute("UPDATE entries SET created = ? WHERE key = ?", (time.time() - days * DAY, key))
+    db.close()
+
+
+def keys(journal, kind=None) -> list[str]:
+    return [entry["key"] for entry in journal.entries(kind)]
+
+
+def test_entries_come_with_all_that_is_known_of_them_the_oldest_first(journal):
+    began = time.time()
+    journal.put("reply", {"b": {"text": "é 🌙"}})
+    journal.put("loss", {"a": 0.5})
+    journal.put("reply", {"c": None})
+    assert keys(journal) == ["b", "a", "c"]
+    first, second, _ = journal.entries()
+    assert (first["kind"], first["key"], first["value"]) == ("reply", "b", {"text": "é 🌙"})
+    assert (second["kind"], second["value"]) == ("loss", 0.5)
+    assert began <= first["created"] <= second["created"] <= time.time()
+    assert keys(journal, "reply") == ["b", "c"]
+    assert keys(journal, "loss") == ["a"]
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 1001, 2503])
+def test_every_entry_comes_once_however_many_were_made_in_a_moment(journal, count):
+    journal.put("loss", {f"{i:05}": i for i in range(count)})
+    assert [entry["value"] for entry in journal.entries("loss")] == list(range(count))
+    assert keys(journal, "reply") == []
+
+
+def test_who_reads_all_entries_keeps_nobody_from_writing(journal, path):
+    journal.put("loss", {f"{i:05}": i for i in range(1500)})
+    reading, seen = journal.entries(), []
+    other = Journal(path)
+    for entry in reading:
+        if not seen:
+            other.put("reply", {"new": 1})
+            journal.put("reply", {"newer": 1})
+        seen.append(entry["key"])
+    other.close()
+    assert seen[:1500] == [f"{i:05}" for i in range(1500)]
+
+
+def test_statistics_count_kinds_times_and_the_tokens_of_replies(journal):
+    used = [(10, 5), (None, 7), (100, None), (3, 4)]
+    replies = {
+        str(i): {"text": "", "prompt_tokens": read, "completion_tokens": written}
+        for i, (read, written) in enumerate(used)
+    }
+    journal.put("reply", replies)
+    journal.put("loss", {"x": [0.5, 3], "y": None})
+    moments = {"0": 1_600_000_000.0, "1": 1_700_000_000.0, "2": 1_650_000_000.0, "3": 1_650_000_001.0}
+    with sqlite3.connect(journal.path) as db:
+        db.executemany("UPDATE entries SET created = ? WHERE key = ?", [(at, key) for key, at in moments.items()])
+    db.close()
+    found = journal.statistics()
+    assert set(found) == {"reply", "loss"}
+    assert (found["reply"].count, found["loss"].count) == (4, 2)
+    assert (found["reply"].prompt_tokens, found["reply"].completion_tokens) == (113, 16)
+    assert (found["loss"].prompt_tokens, found["loss"].completion_tokens) == (0, 0)
+    assert found["reply"].oldest == datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC)
+    assert found["reply"].newest == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+
+
+def test_of_nothing_there_are_no_statistics(journal):
+    assert journal.statistics() == {}
+
+
+PRUNED = {
+    "everything": ({}, []),
+    "a kind": ({"kind": "loss"}, ["old reply", "new reply"]),
+    "an age": ({"older_than": 30}, ["new reply", "new loss"]),
+    "a kind of an age": ({"kind": "reply", "older_than": 30}, ["old loss", "new reply", "new loss"]),
+    "nothing so old": ({"older_than": 400}, ["old reply", "old loss", "new reply", "new loss"]),
+    "part of a day": ({"older_than": 0.5}, ["new loss"]),
+}
+
+
+@pytest.mark.parametrize("what", PRUNED)
+def test_pruning_forgets_what_it_is_told_and_nothing_else(journal, path, what):
+    options, left = PRUNED[what]
+    ages = {"old reply": 300.0, "old loss": 200.0, "new reply": 1.0, "new loss": 0.25}
+    for key in ages:
+        journal.put(key.split()[1], {key: key})
+    made(path, ages)
+    count = journal.prune(**options, dry=True)
+    assert keys(journal) == list(ages)  # dry
+    assert journal.prune(**options) == count == len(ages) - len(left)
+    assert keys(journal) == left
+
+
+def test_pruning_gives_the_space_back(journal, path):
+    journal.put("reply", {str(i): "x" * 10_000 for i in range(200)})
+    journal.put("loss", {"k": 1.0})
+    assert journal.size > 2_000_000
+    journal.prune("reply")
+    assert journal.size < 100_000
+    assert path.stat().st_size <= journal.size
+    assert journal.get("loss", ["k"]) == {"k": 1.0}
+
+
+def test_others_may_write_while_it_is_pruned(path, journal):
+    journal.put("reply", {f"old{i}": "x" * 1000 for i in range(500)})
+    writer = python(
+        """
+        import sys
+        from hf_reflect.journal import Journal
+        journal = Journal(sys.argv[1])
+        for i in range(100):
+            journal.put("loss", {f"new{i}": float(i)})
+        """,
+        path,
+    )
+    for _ in range(3):
+        journal.prune("reply")
+    assert writer.communicate()[0] == ""
+    assert writer.returncode == 0
+    assert len(keys(journal, "loss")) == 100
+    assert keys(journal, "reply") == []
+
+
+def test_the_size_of_a_journal_that_is_not_there_is_nothing(tmp_path):
+    assert Journal(tmp_path / "none").size == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_made_before_it_is_used(tmp_path):

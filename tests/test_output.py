@@ -18,8 +18,7 @@ RECIPE = Recipe(
     method="selective",
     keep="all",
     gate_first=False,
-    prompts={"name": "paper"},
-    oracle={"spec": "x", "identity": {"model": "teacher"}, "sampling": {}},
+    oracles=[{"spec": "x", "identity": {"model": "teacher"}, "sampling": {}, "prompts": {"name": "paper"}}],
     student=None,
     version="0.1.0",
 )
@@ -159,7 +158,7 @@ def test_a_folder_of_somebody_elses_is_refused_whatever_is_asked(out, content, o
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_recipe_for_something_else_makes_no_folder_ours(out, overwrite):
     out.mkdir(parents=True)
-    parts = ("source", "method", "keep", "gate_first", "prompts", "oracle")
+    parts = ("source", "method", "keep", "gate_first", "oracles")
     (out / FILE).write_text("".join(f"{part}: soup\n" for part in parts))
     with pytest.raises(OutputError, match="left alone"):
         OutputFolder(out, RECIPE, overwrite=overwrite)

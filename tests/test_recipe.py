@@ -13,26 +13,37 @@ RECIPE = Recipe(
     method="selective",
     keep="all",
     gate_first=False,
-    prompts=Prompts.load("paper").to_dict(),
-    oracle={
-        "spec": "http://localhost:8000/v1",
-        "identity": {"model": "teacher", "endpoint": "http://localhost:8000/v1"},
-        "sampling": {"max_tokens": 2048, "temperature": 0.0, "top_p": 1.0, "seed": None},
-    },
+    oracles=[
+        {
+            "spec": "http://localhost:8000/v1#teacher",
+            "identity": {"model": "teacher", "endpoint": "http://localhost:8000/v1"},
+            "sampling": {"max_tokens": 2048, "temperature": 0.0, "top_p": 1.0, "seed": None},
+            "prompts": Prompts.load("paper").to_dict(),
+        }
+    ],
     student={"spec": "local", "identity": {"model": "student", "dtype": "float32"}},
     version="0.1.0",
+    guards={"names": ["language", "code", "copy"]},
+    retry_truncated=4096,
 )
+[ORACLE] = RECIPE.oracles
+SECOND = {**ORACLE, "spec": "local", "identity": {"model": "second", "hash": "1"}}
 
 
 def changed(part, **values):
     return replace(RECIPE, **{part: {**getattr(RECIPE, part), **values}})
 
 
+def asked(**values):
+    """The recipe with something else about its oracle."""
+    return replace(RECIPE, oracles=[{**ORACLE, **values}])
+
+
 @pytest.mark.parametrize(
     "other",
     [
         changed("source", path="/elsewhere/alpaca.json"),
-        changed("oracle", spec="local:teacher.gguf"),
+        asked(spec="local:teacher.gguf"),
         changed("student", spec="student.gguf"),
         replace(RECIPE, version="9.9"),
         replace(RECIPE, source=dict(reversed(RECIPE.source.items()))),
@@ -51,12 +62,18 @@ OTHERS = {
     "method": replace(RECIPE, method="reflect"),
     "keep": replace(RECIPE, keep="reflected"),
     "gate": replace(RECIPE, gate_first=True),
-    "prompts": replace(RECIPE, prompts=Prompts.load("json").to_dict()),
-    "one word of the prompts": changed("prompts", response={"user": "Better: {pair}"}),
-    "prompt version": changed("prompts", version="2"),
-    "oracle": changed("oracle", identity={"model": "other", "endpoint": "http://localhost:8000/v1"}),
-    "endpoint": changed("oracle", identity={"model": "teacher", "endpoint": "http://other/v1"}),
-    "sampling": changed("oracle", sampling={**RECIPE.oracle["sampling"], "seed": 1}),
+    "prompts": asked(prompts=Prompts.load("json").to_dict()),
+    "one word of the prompts": asked(prompts={**ORACLE["prompts"], "response": {"user": "Better: {pair}"}}),
+    "prompt version": asked(prompts={**ORACLE["prompts"], "version": "2"}),
+    "oracle": asked(identity={"model": "other", "endpoint": "http://localhost:8000/v1"}),
+    "endpoint": asked(identity={"model": "teacher", "endpoint": "http://other/v1"}),
+    "sampling": asked(sampling={**ORACLE["sampling"], "seed": 1}),
+    "a second oracle": replace(RECIPE, oracles=[ORACLE, SECOND]),
+    "the oracles in another order": replace(RECIPE, oracles=[SECOND, ORACLE]),
+    "fewer guards": changed("guards", names=["language"]),
+    "a threshold of a guard": changed("guards", names=["length"], longest=3.0),
+    "more room for what was cut off": replace(RECIPE, retry_truncated=8192),
+    "no second time for what was cut off": replace(RECIPE, retry_truncated=None),
     "student": changed("student", identity={"model": "student", "dtype": "bfloat16"}),
     "no student": replace(RECIPE, student=None),
 }
@@ -73,7 +90,7 @@ def test_no_two_of_these_recipes_have_the_same_hash():
 
 @pytest.mark.parametrize("student", [RECIPE.student, None])
 def test_a_recipe_comes_back_from_its_file(tmp_path, student):
-    recipe = replace(RECIPE, student=student)
+    recipe = replace(RECIPE, student=student, oracles=[ORACLE, SECOND])
     (tmp_path / FILE).write_text(recipe.to_yaml(), "utf-8")
     assert Recipe.read(tmp_path / FILE) == recipe
     assert Recipe.read(str(tmp_path)) == recipe
@@ -98,9 +115,9 @@ def test_a_recipe_comes_back_from_its_file(tmp_path, student):
     ],
 )
 def test_any_text_comes_back_from_the_file_as_it_was(tmp_path, text):
-    recipe = changed("prompts", name=text)
+    recipe = asked(prompts={**ORACLE["prompts"], "name": text})
     (tmp_path / FILE).write_text(recipe.to_yaml(), "utf-8")
-    assert Recipe.read(tmp_path).prompts["name"] == text
+    assert Recipe.read(tmp_path).oracles[0]["prompts"]["name"] == text
     assert Recipe.read(tmp_path).hash == recipe.hash
 
 
@@ -111,10 +128,19 @@ def test_the_file_says_its_hash_and_the_version_that_made_it():
 
 def test_the_prompts_in_a_recipe_are_prompts_again():
     data = yaml.safe_load(RECIPE.to_yaml())
-    assert Prompts.from_dict(data["prompts"]) == Prompts.load("paper")
+    assert Prompts.from_dict(data["oracles"][0]["prompts"]) == Prompts.load("paper")
 
 
-@pytest.mark.parametrize("lacking", ["source", "method", "keep", "gate_first", "prompts", "oracle"])
+def test_a_recipe_need_not_speak_of_guards_and_of_asking_twice(tmp_path):
+    data = yaml.safe_load(RECIPE.to_yaml())
+    del data["guards"], data["retry_truncated"]
+    (tmp_path / FILE).write_text(yaml.safe_dump(data), "utf-8")
+    recipe = Recipe.read(tmp_path)
+    assert (recipe.guards, recipe.retry_truncated) == ({}, None)
+    assert recipe == replace(RECIPE, guards={}, retry_truncated=None)
+
+
+@pytest.mark.parametrize("lacking", ["source", "method", "keep", "gate_first", "oracles"])
 def test_what_a_recipe_lacks_is_named(tmp_path, lacking):
     data = yaml.safe_load(RECIPE.to_yaml())
     del data[lacking]
@@ -134,12 +160,22 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
         Recipe.read(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["source", "oracle", "prompts", "student"])
-def test_a_part_of_another_shape_is_named(tmp_path, part):
-    data = {**yaml.safe_load(RECIPE.to_yaml()), part: "just text"}
+@pytest.mark.parametrize("value", ["just text", 7, ["text"]])
+@pytest.mark.parametrize("part", ["source", "oracles", "student", "guards"])
+def test_a_part_of_another_shape_is_named(tmp_path, part, value):
+    data = {**yaml.safe_load(RECIPE.to_yaml()), part: value}
     (tmp_path / FILE).write_text(yaml.safe_dump(data), "utf-8")
-    with pytest.raises(RecipeError, match=part):
+    with pytest.raises(RecipeError, match=part.rstrip("s")):
         Recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["identity", "sampling", "prompts"])
+def test_an_oracle_that_lacks_a_part_is_named(tmp_path, part):
+    data = yaml.safe_load(RECIPE.to_yaml())
+    for oracle in ({name: value for name, value in ORACLE.items() if name != part}, {**ORACLE, part: "text"}):
+        (tmp_path / FILE).write_text(yaml.safe_dump({**data, "oracles": [ORACLE, oracle]}), "utf-8")
+        with pytest.raises(RecipeError, match=part):
+            Recipe.read(tmp_path)
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):

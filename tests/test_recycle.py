@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset
-from oracle_server import FAULTS, completion
+from oracle_server import FAULTS, completion, error
 from test_transforms import FORMATS, alpaca
 from typer.testing import CliRunner
 
@@ -22,10 +23,13 @@ from hf_reflect import Student, load_student, recycle
 from hf_reflect.cli import app
 from hf_reflect.columns import DEFAULT, REFLECTIONS
 from hf_reflect.errors import HfReflectError
+from hf_reflect.oracles import Sampling
+from hf_reflect.oracles.pace import Limits
 
 
 COMMAND = str(Path(sys.executable).parent / "hf-reflect")
 STATUSES = {"ok", "unchanged", "unparsed", "truncated", "refused", "empty", "failed", "skipped"}
+STATUSES |= {"language_changed", "code_lost", "copied"}  # of the guards that are there unless told otherwise
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +154,27 @@ def test_every_style_of_prompts_brings_rewrites(server, out, style):
     result = run(source, server, None, out, method="reflect", prompts=style)
     found = {status for (_, status) in result.summary.statuses}
     assert found == {"ok", "unchanged"}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(700, 0.5, 0.9), {"max_tokens": 700, "temperature": 0.5, "top_p": 0.9}])
+def test_the_oracle_samples_as_it_is_told(server, out, sampling):
+    result = run(Dataset.from_list(alpaca(3)), server, None, out, method="reflect", sampling=sampling, seed=5)
+    sent = {tuple(c.body[k] for k in ("max_tokens", "temperature", "top_p", "seed")) for c in server.completions}
+    assert sent == {(700, 0.5, 0.9, 5)}
+    [oracle] = result.recipe.oracles
+    assert oracle["sampling"] == {"max_tokens": 700, "temperature": 0.5, "top_p": 0.9, "seed": 5}
+
+
+def test_a_server_that_dies_ends_the_run_when_patience_is_over_and_leaves_no_folder(server, out):
+    late = replace(error(500, retry_after=0), delay=0.2)  # so that the answers before it have arrived
+    server.rule = lambda call: late if call.number > 5 else None
+    with pytest.raises(HfReflectError, match="nothing but failures"):
+        run(Dataset.from_list(alpaca(20)), server, None, out, method="reflect", limits=Limits(patience=0.0))
+    assert not out.exists()
+    server.rule = None
+    result = run(Dataset.from_list(alpaca(20)), server, None, out, method="reflect", limits=Limits(patience=0.0))
+    assert result.summary.spent.recalled == 5
+    assert len(result.dataset) == 20
 
 
 def test_without_a_student_every_rewrite_is_kept_and_nothing_is_scored(server, out):

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from hf_reflect.errors import OracleError
+from hf_reflect.guards import Guards
 from hf_reflect.oracles import Reply, RowFailedError, Sampling
 from hf_reflect.pairs import Pair, Turn
 from hf_reflect.prompts import STYLES, Prompts
@@ -32,12 +33,13 @@ class Script:
         return [request.messages[-1]["content"] for request in self.requests]
 
 
-def reflector(script, style="paper", phase="instruction", **sampling):
-    return Reflector(script, "teacher", Prompts.load(style), Sampling(**sampling), phase)
+def reflector(script, style="paper", phase="instruction", retry_truncated=None, guards=None, **sampling):
+    prompts = Prompts.load(style)
+    return Reflector(script, "teacher", prompts, Sampling(**sampling), phase, guards or Guards(), retry_truncated)
 
 
-def reflect(*replies, style="paper", phase="instruction", pair=PAIR):
-    return asyncio.run(reflector(Script(*replies), style, phase).reflect(pair))
+def reflect(*replies, style="paper", phase="instruction", pair=PAIR, **options):
+    return asyncio.run(reflector(Script(*replies), style, phase, **options).reflect(pair))
 
 
 def paper(instruction="Name a moon of Mars.", response="Phobos."):
@@ -213,6 +215,168 @@ def test_usage_that_a_server_does_not_count_is_null():
     assert reflect(Reply(paper())).calls[0] == Call("user", paper(), None, None, None)
 
 
+def test_a_call_tells_how_many_attempts_it_took():
+    replies = [
+        Reply("Vague.", "stop", attempts=3),
+        Reply("Name a moon of Mars.", "stop"),
+        Reply("Phobos.", attempts=2),
+    ]
+    assert [call.attempts for call in reflect(*replies, style="staged").calls] == [3, 1, 2]
+
+
+def test_what_was_not_asked_has_the_status_that_says_so():
+    reflection = reflect(RowFailedError("not asked: the budget was reached", "skipped"))
+    assert (reflection.status, reflection.reason) == ("skipped", "not asked: the budget was reached")
+
+
+# Thinking
+
+
+THOUGHT = "Hm.\n[New Instruction]\nbad\n[End]\n[New Response]\nbad\n[End] ALREADY GOOD"
+
+
+@every_style
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [("<think>", "</think>"), ("\n<think>\n", "\n</think>\n\n"), ("[THINK]", "[/THINK]"), ("", "\n</think>\n\n")],
+)
+def test_what_a_model_thinks_is_kept_apart_and_never_read_as_its_answer(style, opening, closing):
+    replies = [f"{opening}{THOUGHT}{closing}{reply}" for reply in rewrites()[style]]
+    reflection = reflect(*replies, style=style)
+    assert (reflection.status, reflection.critique) == ("ok", "Vague.")
+    assert (reflection.instruction, reflection.response) == ("Name a moon of Mars.", "Phobos.")
+    assert [call.thinking for call in reflection.calls] == [THOUGHT] * len(replies)
+    assert [call.text for call in reflection.calls] == rewrites()[style]
+
+
+@every_style
+def test_a_thought_that_the_server_keeps_apart_is_kept_apart(style):
+    replies = [Reply(reply, "stop", thinking=THOUGHT) for reply in rewrites()[style]]
+    reflection = reflect(*replies, style=style)
+    assert reflection.status == "ok"
+    assert [call.thinking for call in reflection.calls] == [THOUGHT] * len(replies)
+
+
+def test_thoughts_in_both_places_are_both_kept():
+    reflection = reflect(Reply(f"<think>second</think>{paper()}", "stop", thinking="first"))
+    assert reflection.calls[0].thinking == "first\nsecond"
+
+
+def test_no_thought_is_null():
+    assert reflect(paper()).calls[0].thinking is None
+    assert reflect(f"<think>\n\n</think>\n\n{paper()}").calls[0].thinking is None
+
+
+@every_style
+@pytest.mark.parametrize(("finish", "status"), [("length", "truncated"), ("stop", "empty")])
+def test_a_reply_that_ends_in_mid_thought_has_no_answer_and_says_so(style, finish, status):
+    reflection = reflect(Reply(f"<think>{THOUGHT}", finish), style=style)
+    assert (reflection.status, reflection.response) == (status, None)
+    assert [(call.text, call.thinking) for call in reflection.calls] == [("", THOUGHT)]
+
+
+@every_style
+def test_a_rewrite_that_speaks_of_the_tags_is_left_whole(style):
+    response = "Put the thought between <think> and </think>, and the answer after it."
+    assert reflect(*rewrites(response=response)[style], style=style).response == response
+
+
+# Asking again with more room
+
+
+def test_a_reply_that_was_cut_off_is_asked_for_once_more_with_more_room():
+    script = Script(Reply("Vague. [New Instr", "length", 10, 300), Reply(paper(), "stop", 10, 900))
+    reflection = asyncio.run(reflector(script, retry_truncated=1000, max_tokens=300, temperature=0.5).reflect(PAIR))
+    assert (reflection.status, reflection.response) == ("ok", "Phobos.")
+    assert [request.sampling for request in script.requests] == [Sampling(300, 0.5), Sampling(1000, 0.5)]
+    assert script.requests[0].messages == script.requests[1].messages
+    assert script.requests[0].schema == script.requests[1].schema
+    assert reflection.calls == (
+        Call("user", "Vague. [New Instr", "length", 10, 300),
+        Call("user", paper(), "stop", 10, 900),
+    )
+
+
+def test_a_schema_holds_the_second_time_too():
+    script = Script(Reply('{"critique": "V', "length"), as_json())
+    assert asyncio.run(reflector(script, "json", retry_truncated=4096).reflect(PAIR)).status == "ok"
+    first, second = (request.schema for request in script.requests)
+    assert first is not None
+    assert first == second
+
+
+def test_a_second_reply_that_is_cut_off_too_is_the_last():
+    script = Script(Reply("a", "length"), Reply("b", "length"))
+    reflection = asyncio.run(reflector(script, retry_truncated=4096).reflect(PAIR))
+    assert (reflection.status, [call.text for call in reflection.calls]) == ("truncated", ["a", "b"])
+    assert "4096" in reflection.reason
+
+
+def test_unless_it_is_asked_for_nothing_is_asked_twice():
+    script = Script(Reply(paper(), "length"), paper())
+    assert asyncio.run(reflector(script).reflect(PAIR)).status == "truncated"
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("finish", ["stop", None, "content_filter"])
+def test_a_reply_that_was_not_cut_off_is_not_asked_for_again(finish):
+    script = Script(Reply("hm", finish), paper())
+    asyncio.run(reflector(script, retry_truncated=4096).reflect(PAIR))
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("room", [2048, 1000, 1])
+def test_no_more_room_than_the_first_time_is_no_second_time(room):
+    script = Script(Reply("a", "length"), Reply("b", "length"))
+    reflection = asyncio.run(reflector(script, retry_truncated=room, max_tokens=2048).reflect(PAIR))
+    assert reflection.status == "truncated"
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("first", [2048, 100])
+def test_a_staged_rewrite_gets_more_room_and_a_staged_critique_does_not(first):
+    script = Script(Reply("It is too va", "length"), Reply("Name a mo", "length"), "Name a moon of Mars.", "Phobos.")
+    reflection = asyncio.run(reflector(script, "staged", retry_truncated=4096, max_tokens=first).reflect(PAIR))
+    assert (reflection.status, reflection.instruction) == ("ok", "Name a moon of Mars.")
+    assert [call.part for call in reflection.calls] == ["critique", "instruction", "instruction", "response"]
+    assert [request.sampling.max_tokens for request in script.requests][2] == 4096
+
+
+def test_a_second_time_that_fails_keeps_what_the_first_one_said():
+    reflection = reflect(Reply("half", "length"), RowFailedError("gone"), retry_truncated=4096)
+    assert (reflection.status, [call.text for call in reflection.calls]) == ("failed", ["half"])
+
+
+# Guards
+
+
+@every_style
+def test_a_rewrite_that_a_guard_stops_has_its_status_its_reason_and_its_critique_and_no_texts(style):
+    reflection = reflect(*rewrites("Name a moon of Mars.", "Name a moon of Mars.")[style], style=style)
+    assert (reflection.status, reflection.critique) == ("copied", "Vague.")
+    assert "word for word" in reflection.reason
+    assert (reflection.instruction, reflection.input, reflection.response) == (None, None, None)
+    assert [call.text for call in reflection.calls] == rewrites("Name a moon of Mars.", "Name a moon of Mars.")[style]
+
+
+@every_style
+def test_no_guard_no_stop(style):
+    replies = rewrites("Name a moon of Mars.", "Name a moon of Mars.")[style]
+    assert reflect(*replies, style=style, guards=Guards(())).status == "ok"
+
+
+@pytest.mark.parametrize("reply", ["I cannot help with that.", "[Unchanged]", "hm", ""])
+def test_what_is_no_rewrite_is_not_looked_at_by_any_guard(reply):
+    strict = Guards(("language", "code", "copy", "length"), longest=1.0)
+    assert reflect(reply, guards=strict).status in ("refused", "unchanged", "unparsed", "empty")
+
+
+def test_a_code_block_that_a_new_response_loses_is_not_lost():
+    pair = Pair("Print a moon.", "Like this:\n```python\nprint('Io')\n```")
+    reflection = reflect(*responses("Print it with the function print.")["paper"], phase="response", pair=pair)
+    assert (reflection.status, reflection.response) == ("code_lost", None)
+
+
 def test_each_stage_is_a_call_of_its_own_and_builds_on_those_before():
     script = Script("Too vague.", '"Name a moon of Mars."', "Phobos.")
     reflection = asyncio.run(reflector(script, "staged").reflect(PAIR))
@@ -288,9 +452,8 @@ def test_a_proposed_instruction_replaces_the_input_and_keeps_the_context():
 
 def test_a_reflection_as_a_dictionary_is_json():
     reflection = reflect(paper())
-    assert json.loads(json.dumps(reflection.to_dict()))["calls"] == [
-        {"part": "user", "text": paper(), "finish_reason": "stop", "prompt_tokens": 10, "completion_tokens": 5}
-    ]
+    call = {"part": "user", "text": paper(), "finish_reason": "stop", "prompt_tokens": 10, "completion_tokens": 5}
+    assert json.loads(json.dumps(reflection.to_dict()))["calls"] == [{**call, "thinking": None, "attempts": 1}]
 
 
 def test_many_reflections_come_in_the_order_of_their_pairs_however_late_each_is():
@@ -302,10 +465,37 @@ def test_many_reflections_come_in_the_order_of_their_pairs_however_late_each_is(
 
     done = []
     pairs = [Pair("first", "a"), "messages is empty", Pair("second", "b")]
-    found = asyncio.run(reflect_all(reflector(ask, phase="response"), pairs, done.append))
-    assert [(r.status, r.response) for r in found] == [("ok", "slow"), ("skipped", None), ("ok", "fast")]
-    assert found[1].reason == "messages is empty"
+    found = asyncio.run(reflect_all([reflector(ask, phase="response")], pairs, done.append))
+    assert [(r.status, r.response) for (r,) in found] == [("ok", "slow"), ("skipped", None), ("ok", "fast")]
+    assert found[1][0].reason == "messages is empty"
     assert sum(done) == 3
+
+
+def test_several_reflect_on_each_pair_in_their_own_order():
+    def answers(text, waits):
+        async def ask(request):
+            for _ in range(waits):
+                await asyncio.sleep(0)
+            return Reply(f"[New Response]\n{text}\n[End]", "stop")
+
+        return ask
+
+    done = []
+    several = [reflector(answers(f"by {n}", 30 // n), phase="response") for n in (1, 2, 3)]
+    found = asyncio.run(reflect_all(several, [Pair("first", "a"), "no pair", Pair("second", "b")], done.append))
+    assert [[r.response for r in each] for each in found] == [
+        ["by 1", "by 2", "by 3"],
+        [None] * 3,
+        ["by 1", "by 2", "by 3"],
+    ]
+    assert {r.reason for r in found[1]} == {"no pair"}
+    assert sum(done) == 3  # pairs, not reflections
+
+
+def test_one_of_several_that_fails_takes_nothing_from_the_others():
+    several = [reflector(Script(RowFailedError("gone"))), reflector(Script(paper())), reflector(Script("hm"))]
+    [found] = asyncio.run(reflect_all(several, [PAIR], lambda n: None))
+    assert [r.status for r in found] == ["failed", "ok", "unparsed"]
 
 
 def test_an_error_of_the_oracle_stops_the_calls_in_flight():
@@ -323,7 +513,7 @@ def test_an_error_of_the_oracle_stops_the_calls_in_flight():
 
     async def run():
         with pytest.raises(OracleError, match="wrong key"):
-            await reflect_all(reflector(ask), [Pair("first", "a"), Pair("second", "b")], lambda n: None)
+            await reflect_all([reflector(ask)], [Pair("first", "a"), Pair("second", "b")], lambda n: None)
         await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(run(), 10))

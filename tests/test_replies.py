@@ -9,6 +9,7 @@ from hf_reflect.replies import (
     parse_json,
     parse_markers,
     says_already_good,
+    split_thinking,
     undress,
 )
 
@@ -394,3 +395,70 @@ class TestUndress:
     @pytest.mark.parametrize("text", ["New instruction:", "Here is the rewritten instruction:", '""', "“”", '" "'])
     def test_a_dress_with_nothing_in_it_is_nothing(self, text):
         assert undress(text) == ""
+
+
+class TestThinking:
+    @pytest.mark.parametrize(
+        ("opening", "closing"),
+        [
+            ("<think>", "</think>"),
+            ("<think>\n", "\n</think>\n\n"),
+            ("\n\n<think>", "</think>\n"),
+            ("<thinking>", "</thinking>"),
+            ("<reasoning>\n", "</reasoning> "),
+            ("<THINK>", "</Think>"),
+            ("[THINK]", "[/THINK]"),
+            ("[think]\n", "\n[/think]\n"),
+        ],
+    )
+    def test_a_thought_in_tags_is_parted_from_the_answer(self, opening, closing):
+        assert split_thinking(f"{opening}Mars? No: Io.{closing}Io.\n") == ("Mars? No: Io.", "Io.\n")
+
+    @pytest.mark.parametrize("closing", ["</think>\n\n", "\n</think>\n", "</think>  \n", "\n[/THINK]\n"])
+    def test_a_thought_that_the_template_opened_needs_only_its_close(self, closing):
+        assert split_thinking(f"Mars? No: Io.{closing}Io.") == ("Mars? No: Io.", "Io.")
+
+    @pytest.mark.parametrize("opening", ["<think>", " <thinking>\n", "[THINK]"])
+    def test_a_reply_cut_off_in_mid_thought_has_no_answer(self, opening):
+        assert split_thinking(f"{opening}Mars? No, it mu") == ("Mars? No, it mu", "")
+
+    @pytest.mark.parametrize(
+        "text", ["<think>Io.</think>", "<think>Io.</think>\n\n", "Io.\n</think>", "Io.</think>\n"]
+    )
+    def test_a_thought_that_no_answer_follows_is_all_there_is(self, text):
+        assert split_thinking(text) == ("Io.", "")
+
+    @pytest.mark.parametrize("text", ["<think></think>Io.", "<think>\n\n</think>\n\nIo."])
+    def test_a_thought_of_nothing_leaves_the_answer(self, text):
+        thought, answer = split_thinking(text)
+        assert (thought or None, answer) == (None, "Io.")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Io.",
+            "",
+            " \n Io.\n\n",
+            "I think so, and [think] of it as <b>thinking</b>.",
+            "Models wrap it in <think> and </think>, then answer.",
+            "It opens with <think>\nand closes with\n</think>\nbefore the answer.",
+            "A stray `</think>` may be left over.",
+            "Remove </think> from the end.",
+            "reply.split('</think>')[1]",
+            "The tag <think> is not closed here.",
+            "Use [THINK] to open a thought.",
+        ],
+    )
+    def test_a_text_that_merely_mentions_the_tags_is_all_answer(self, text):
+        assert split_thinking(text) == (None, text)
+
+    def test_an_answer_that_mentions_the_tags_after_a_thought_is_whole(self):
+        answer = "Write <think>\nfirst\n</think>\nand then answer."
+        assert split_thinking(f"<think>Tags?</think>\n{answer}") == ("Tags?", answer)
+
+    @pytest.mark.parametrize("reply", [COMPLETE, json.dumps(ANSWER)])
+    def test_what_is_left_is_read_as_any_reply(self, reply):
+        parse = parse_json if reply.startswith("{") else parse_markers
+        thought = '<think>[New Instruction] {"new_response": 1}\n[New Response]\nno\n[End]</think>\n'
+        assert parse(split_thinking(thought + reply)[1], "instruction") == parse(reply, "instruction")
+        assert parse(reply, "instruction") is not None

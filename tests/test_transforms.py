@@ -23,8 +23,10 @@ from hf_reflect import (
     SelectResponse,
 )
 from hf_reflect.columns import REFLECTION, TYPES
-from hf_reflect.oracles import Reply, Request
+from hf_reflect.guards import Guards
+from hf_reflect.oracles import Reply, Request, Sampling
 from hf_reflect.oracles.chat import ChatOracle
+from hf_reflect.oracles.pace import Limits
 
 
 QUESTIONS = ["Name a prime.", "Why is the sky blue?", "Add 2 and 3.", "Say hello.", "Sort 3, 1, 2.", "What is a cat?"]
@@ -95,8 +97,23 @@ def test_the_same_map_again_comes_from_the_cache_of_datasets(rows, server, journ
     assert second.cache_files == first.cache_files
 
 
-@pytest.mark.parametrize("changes", [{"concurrency": 2}, {"timeout": 9.0}, {"api_key": "sk"}, {"prompts": "paper"}])
-def test_transport_settings_are_no_part_of_what_datasets_hashes(rows, server, journal, tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"concurrency": 2},
+        {"timeout": 9.0},
+        {"api_key": "sk"},
+        {"limits": Limits(attempts=9, patience=1.0, rpm=1e6, max_tokens_total=10**9)},
+        {"prompts": "paper"},
+        {"sampling": Sampling()},
+        {"sampling": {"temperature": 0.0}},
+        {"guards": Guards()},
+        {"guards": Guards(("copy", "code", "language"), longest=3.0)},
+        {"model": "teacher"},
+    ],
+    ids=str,
+)
+def test_what_decides_nothing_is_no_part_of_what_datasets_hashes(rows, server, journal, tmp_path, changes):
     first = rows.map(ReflectInstruction(server.url, journal=journal), batched=True)
     second = rows.map(ReflectInstruction(server.url, journal=tmp_path / "fresh", **changes), batched=True)
     assert second._fingerprint == first._fingerprint
@@ -106,17 +123,55 @@ def test_transport_settings_are_no_part_of_what_datasets_hashes(rows, server, jo
 def test_an_oracle_as_object_is_hashed_like_its_spec(rows, server, journal):
     by_spec = rows.map(ReflectInstruction(server.url, journal=journal), batched=True)
     by_object = rows.map(ReflectInstruction(ChatOracle(server.url), journal=journal), batched=True)
-    assert by_object._fingerprint == by_spec._fingerprint
+    in_a_list = rows.map(ReflectInstruction([f"{server.url}#teacher"], journal=journal), batched=True)
+    assert by_object._fingerprint == by_spec._fingerprint == in_a_list._fingerprint
 
 
-def test_other_sampling_is_another_result(rows, server, journal):
-    from hf_reflect import Sampling
-
+def test_what_decides_is_part_of_what_datasets_hashes(rows, server, journal):
+    others = [
+        {},
+        {"sampling": Sampling(temperature=0.5)},
+        {"sampling": {"max_tokens": 9}},
+        {"prompts": "json"},
+        {"guards": Guards(())},
+        {"guards": Guards(("language", "length"))},
+        {"guards": Guards(("language", "length"), longest=3.0)},
+        {"retry_truncated": 4096},
+        {"oracle": [server.url, server.url]},
+    ]
     prints = {
-        rows.map(ReflectInstruction(server.url, journal=journal, sampling=s), batched=True)._fingerprint
-        for s in (None, Sampling(temperature=0.5), Sampling(max_tokens=9))
+        rows.map(ReflectInstruction(**{"oracle": server.url, "journal": journal, **o}), batched=True)._fingerprint
+        for o in others
     }
-    assert len(prints) == 3
+    assert len(prints) == len(others)
+
+
+def test_of_the_sampling_what_is_not_given_suits_the_oracle(rows, server, journal):
+    rows.map(ReflectInstruction(server.url, journal=journal, sampling={"temperature": 0.5, "seed": 3}), batched=True)
+    sent = {tuple(c.body[k] for k in ("max_tokens", "temperature", "top_p", "seed")) for c in server.completions}
+    assert sent == {(ChatOracle.max_tokens, 0.5, 1.0, 3)}
+
+
+def test_an_oracle_that_was_asked_again_and_thought_first_leaves_both_in_its_calls(rows, server, journal):
+    def rule(call):
+        if call.attempt == 1:
+            return error(503, retry_after=0)
+        if call.body["max_tokens"] == 100:
+            return completion(call, "<think>Let me see, this is", finish_reason="length")
+        message = {"role": "assistant", "content": "Fine.\n[Unchanged]", "reasoning_content": f"Hm, {call.digest}."}
+        return completion(call, message=message)
+
+    server.rule = rule
+    transform = ReflectInstruction(server.url, journal=journal, sampling={"max_tokens": 100}, retry_truncated=700)
+    ds = rows.select([0]).map(transform, batched=True)
+    ((reflection,),) = ds["instruction_reflections"]
+    assert reflection["status"] == "unchanged"
+    cut, whole = reflection["calls"]
+    assert (cut["text"], cut["thinking"], cut["finish_reason"]) == ("", "Let me see, this is", "length")
+    assert (whole["text"], whole["finish_reason"]) == ("Fine.\n[Unchanged]", "stop")
+    assert whole["thinking"] == f"Hm, {server.completions[-1].digest}."
+    assert [cut["attempts"], whole["attempts"]] == [2, 2]
+    assert [call.body["max_tokens"] for call in server.completions] == [100, 100, 700, 700]
 
 
 @pytest.mark.parametrize("as_object", [False, True])
@@ -267,7 +322,7 @@ def test_rows_that_fail_do_not_take_the_types_of_a_stream_either(server, journal
 )
 def test_what_goes_wrong_with_a_row_is_its_status(rows, server, journal, fault, status):
     server.rule = FAULTS[fault]
-    ds = rows.map(ReflectInstruction(server.url, journal=journal), batched=True)
+    ds = rows.map(ReflectInstruction(server.url, journal=journal, limits=Limits(attempts=1)), batched=True)
     assert statuses(ds) == [status] * 6
     assert all(reflection["reason"] for (reflection,) in ds["instruction_reflections"])
 
@@ -285,7 +340,13 @@ UNPICKLE = "import pickle, sys; t = pickle.load(open(sys.argv[1], 'rb')); print(
 
 
 def test_a_transform_made_from_a_spec_can_be_pickled_to_a_process_that_is_not_forked(server, journal, tmp_path):
-    for i, transform in enumerate((ReflectInstruction(server.url, journal=journal), SelectResponse(gate_first=True))):
+    guards = Guards(("length", "copy"), longest=3.0)
+    transforms = (
+        ReflectInstruction(server.url, journal=journal),
+        ReflectInstruction(server.url, journal=journal, sampling={"seed": 3}, guards=guards, retry_truncated=4096),
+        SelectResponse(gate_first=True),
+    )
+    for i, transform in enumerate(transforms):
         file = tmp_path / f"{i}.pickle"
         file.write_bytes(pickle.dumps(transform))
         done = run_in_spawned_process(UNPICKLE, str(file))

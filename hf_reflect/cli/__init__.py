@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_reflect import __version__
-from hf_reflect.cli import demo, estimate, journal, recycle, score, show
+from hf_reflect.cli import demo, estimate, hub, journal, recycle, score, show
 from hf_reflect.errors import HfReflectError
 
 
@@ -27,6 +27,12 @@ app.command("reselect")(recycle.reselect)
 app.command("score")(score.score)
 app.command("select")(score.select)
 app.command("show")(show.show)
+app.command("push")(hub.push)
+app.command("card")(hub.card)
+app.command("list")(hub.list_datasets)
+app.command("info")(hub.info)
+app.command("register")(hub.register)
+app.command("verify")(hub.verify)
 app.add_typer(journal.app, name="journal")
 app.command("demo")(demo.demo)
 

@@ -65,7 +65,7 @@ def export(
 @app.command()
 def prune(
     older_than: Annotated[
-        float | None, typer.Option(help="Only entries made more than N days ago.", metavar="N")
+        float | None, typer.Option(min=0, help="Only entries made more than N days ago.", metavar="N")
     ] = None,
     kind: KindOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,

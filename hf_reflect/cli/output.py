@@ -53,8 +53,8 @@ def pair(row: Mapping[str, Any]) -> str:
     for part in ("instruction", "input", "response"):
         if not (before[part] or after[part]):
             continue
-        blocks.append(_block(part, before[part]))
-        if after[part] != before[part]:
+        blocks.append(_block(part, before[part] or ""))
+        if after[part] != (before[part] or ""):
             blocks.append(_block(f"{part}, recycled", after[part], "green"))
     for phase in ("instruction", "response"):
         decision = row[f"{phase}_decision"]

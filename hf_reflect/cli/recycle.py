@@ -9,6 +9,7 @@ import typer
 
 from hf_reflect.cli import options as opt
 from hf_reflect.cli import output
+from hf_reflect.errors import HfReflectError
 
 
 _STUDENT_OPTIONS = ("template", "boundary", "measure", "dtype", "max_length")
@@ -82,6 +83,10 @@ def recycle(
     price_in: opt.PriceIn = None,
     price_out: opt.PriceOut = None,
     pause_after: opt.PauseAfter = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Push the result to this dataset on the Hub.", metavar="REPO")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")] = False,
     config: Annotated[
         Path | None, typer.Option(help="A recipe.yaml whose settings apply where no option is given.")
     ] = None,
@@ -121,6 +126,8 @@ def recycle(
         "guards": guards_from(guards, longest, similarity),
     }
     recorded = _from_recipe(config) if config else {}
+    if config and not (oracle or recorded.get("oracle")):
+        raise HfReflectError(f"recipe {config}: its oracle was an object without a spec; name one with --oracle.")
     settings = {**recorded, **{key: value for key, value in given.items() if value is not None}}
     limits = {
         "attempts": attempts,
@@ -134,6 +141,11 @@ def recycle(
     }
     server = {"concurrency": concurrency, "timeout": timeout, "pause_after": pause_after or None}
     run(source, out, settings, limits, server, journal=journal, overwrite=overwrite)
+    if push_to_hub is not None:
+        from hf_reflect.cli.hub import say_pushed
+        from hf_reflect.hub import push_recycled
+
+        say_pushed(push_recycled(out, push_to_hub, private=private))
 
 
 def reselect(
@@ -225,7 +237,11 @@ def guards_from(names: str | None, longest: float | None, similarity: float | No
     """The guards that options ask for; null where they say nothing."""
     from hf_reflect.guards import DEFAULT_GUARDS, Guards
 
-    chosen = list(DEFAULT_GUARDS) if names is None else [n.strip() for n in names.split(",") if n.strip() != "none"]
+    chosen = (
+        list(DEFAULT_GUARDS)
+        if names is None
+        else [n for n in map(str.strip, names.split(",")) if n not in ("", "none")]
+    )
     thresholds = {"length": ("longest", longest), "similarity": ("similarity", similarity)}
     asked = {key: value for key, value in thresholds.values() if value is not None}
     chosen += [guard for guard, (_, value) in thresholds.items() if value is not None and guard not in chosen]
@@ -238,11 +254,12 @@ def _from_recipe(path: Path) -> dict[str, Any]:
     from hf_reflect.guards import Guards
     from hf_reflect.prompts import Prompts
     from hf_reflect.recipe import Recipe
+    from hf_reflect.teachers import oracle_specs
 
     recipe = Recipe.read(path)
     oracles, student = recipe.oracles, recipe.student
     settings = {
-        "oracle": list(dict.fromkeys(oracle["spec"] for oracle in oracles)),
+        "oracle": oracle_specs(oracle.get("spec") for oracle in oracles),
         "student": student["spec"] if student else "none",
         **(_student_options(student) if student else {}),
         "method": recipe.method,

@@ -82,6 +82,13 @@ def select(
     ] = False,
     per: Annotated[str | None, typer.Option(help="Take the same share for each value of a column.")] = None,
     seed: Annotated[int, typer.Option(help="For random.")] = 0,
+    from_analysis: Annotated[
+        bool,
+        typer.Option(
+            "--from-analysis",
+            help="SOURCE holds losses that the papers' authors published: decide as their code does, without a model.",
+        ),
+    ] = False,
     name: Name = None,
     split: Split = None,
     overwrite: Overwrite = False,
@@ -89,6 +96,7 @@ def select(
     """Write the best rows of SOURCE to OUT, in their own order.
 
     \b
+    hf-reflect select --from-analysis MingLiiii/Alpaca_Analysis_llama2_7b selected
     hf-reflect select scored best --by ifd --top 10% --below-one
     hf-reflect select data.jsonl baseline --by random --count 1000 --seed 1
     """
@@ -96,16 +104,34 @@ def select(
     from hf_reflect.scoring import select as select_rows
 
     quieten_datasets()
-    fraction = None if top is None else _fraction(top)
-    choice = TopFraction(by.value, fraction, count, below_one, per, seed)
+    if from_analysis:
+        _select_from_analysis(source, out, overwrite)
+        return
+    share = None if top is None else fraction(top, "--top")
+    choice = TopFraction(by.value, share, count, below_one, per, seed)
     for key, chosen in select_rows(source, out, choice, name=name, split=split, overwrite=overwrite).items():
         typer.echo(f"{key}: {len(chosen.indices)} of {chosen.rows} rows; {chosen.not_scored} have no score", nl=False)
         typer.echo(f", {chosen.left_out} are not below 1" if below_one else "")
     say_where(out)
 
 
-def _fraction(top: str) -> float:
+def _select_from_analysis(source: str, out: Path, overwrite: bool) -> None:
+    from hf_reflect.analysis import select_from_analysis
+
+    found = select_from_analysis(source, out, overwrite=overwrite)
+    typer.echo(f"{found.kept} of {found.rows} rows are kept; of {found.not_scored} some loss is missing")
+    for what, rows in sorted(found.recycled.items()):
+        typer.echo(f"  {what}  {rows}")
+    say_where(out)
+
+
+def fraction(share: str, option: str) -> float:
+    """A share such as `10%` or `0.1` as a number.
+
+    Raises:
+        HfReflectError: it is none.
+    """
     try:
-        return float(top.strip().removesuffix("%")) / 100 if top.strip().endswith("%") else float(top)
+        return float(share.strip().removesuffix("%")) / 100 if share.strip().endswith("%") else float(share)
     except ValueError:
-        raise HfReflectError(f"--top {top}: not a share such as 10% or 0.1.") from None
+        raise HfReflectError(f"{option} {share}: not a share such as 10% or 0.1.") from None

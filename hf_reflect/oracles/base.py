@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
+
+from hf_reflect.errors import OracleError
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,29 @@ class PassingError(Exception):
         message: What happened, in a few words.
         retry_after: Seconds the server asks to wait.
         throttled: The server has too much to do: fewer calls at once are called for.
+        unreachable: The server can't be spoken to.
+        slow: There was no reply in time. Fewer calls at once may help, and it may be the request's own fault.
         advice: What a person can do if it lasts.
     """
 
     def __init__(
-        self, message: str, *, retry_after: float | None = None, throttled: bool = False, advice: str = ""
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        throttled: bool = False,
+        unreachable: bool = False,
+        slow: bool = False,
+        advice: str = "",
     ) -> None:
         super().__init__(message)
-        self.retry_after, self.throttled, self.advice = retry_after, throttled, advice
+        self.retry_after, self.advice = retry_after, advice
+        self.throttled, self.unreachable, self.slow = throttled, unreachable, slow
+
+    @property
+    def of_server(self) -> bool:
+        """Whether it says nothing about the request: any other would have failed as well."""
+        return self.throttled or self.unreachable
 
 
 @runtime_checkable
@@ -134,6 +153,28 @@ class Oracle(Protocol):
             OracleError: no request will have one; the run stops.
         """
         ...
+
+
+def close_all(oracles: Iterable[Any]) -> None:
+    """Ends the use of oracles: all of them, whatever one of them says to that.
+
+    An error that is on its way already is not hidden by one of these, which is then only logged.
+
+    Raises:
+        OracleError: what the first of them says, if nothing else is wrong.
+    """
+    on_its_way = sys.exc_info()[1]
+    failed: OracleError | None = None
+    for oracle in oracles:
+        try:
+            if (close := getattr(oracle, "close", None)) is not None:
+                close()
+        except OracleError as error:
+            if on_its_way is not None or failed is not None:
+                logging.getLogger(__name__).warning("%s", error)
+            failed = failed or error
+    if failed is not None and on_its_way is None:
+        raise failed
 
 
 def canonical(value: Any) -> str:

@@ -22,6 +22,7 @@ from hf_reflect.oracles.base import PassingError, RowFailedError
 
 _PASSING = {408, 409, 424, 425, 429, 500, 502, 503, 504, 529}
 _THROTTLED = {408, 429, 503, 504, 529}
+_GATEWAY = 502
 _ADVICE = {
     402: "Buy credits or take another oracle, then run the same command again: nothing paid for is lost.",
     401: "Set the key in HF_REFLECT_API_KEY, or log in with `hf auth login` for a Hugging Face host.",
@@ -44,6 +45,7 @@ class Fault:
         lasting: It will fail for every request.
         unreachable: The server could not be spoken to at all.
         throttled: The server has too much to do.
+        slow: It did not answer in time.
         retry_after: Seconds the server asks to wait.
         status: The HTTP status, if there was one.
     """
@@ -53,6 +55,7 @@ class Fault:
     lasting: bool = False
     unreachable: bool = False
     throttled: bool = False
+    slow: bool = False
     retry_after: float | None = None
     status: int | None = None
 
@@ -65,6 +68,7 @@ class Fault:
             passing=status in _PASSING,
             lasting=status in _ADVICE,
             throttled=status in _THROTTLED,
+            unreachable=status == _GATEWAY,
             retry_after=wait_in(headers or {}),
             status=status,
         )
@@ -97,7 +101,14 @@ def raised(fault: Fault, where: str, secrets: Sequence[str] = ()) -> Exception:
         return OracleError(redact(f"oracle {where}: {fault.message}. {fault.advice}", secrets))
     if fault.passing:
         message = redact(fault.message, secrets)
-        return PassingError(message, retry_after=fault.retry_after, throttled=fault.throttled, advice=fault.advice)
+        return PassingError(
+            message,
+            retry_after=fault.retry_after,
+            throttled=fault.throttled,
+            unreachable=fault.unreachable,
+            slow=fault.slow,
+            advice=fault.advice,
+        )
     return RowFailedError(redact(fault.message, secrets))
 
 
@@ -108,7 +119,7 @@ def read_fault(error: BaseException, secrets: Sequence[str] = ()) -> Fault | Non
     if isinstance(error, OfflineModeIsEnabled):
         return Fault("HF_HUB_OFFLINE=1 forbids huggingface_hub to call any server; unset it", lasting=True)
     if isinstance(error, InferenceTimeoutError | asyncio.TimeoutError) or type(error).__name__ == "ReadTimeout":
-        return Fault("no reply in time", passing=True, throttled=True)
+        return Fault("no reply in time", passing=True, slow=True)
     if isinstance(error, TextGenerationError):
         return _of_tgi(error, secrets)
     status, body, headers = _http_answer(error)

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from hf_reflect.errors import OracleError
+from hf_reflect.oracles.base import close_all
 from hf_reflect.oracles.chat import API_KEY_VARIABLE, ChatClient, ChatOracle
 from hf_reflect.oracles.faults import read_fault, redact
 
@@ -32,8 +33,12 @@ class ProviderOracle(ChatClient):
     ) -> None:
         spec, (name, _, provider) = f"hf:{model}", model.partition("@")
         key = api_key or os.environ.get(API_KEY_VARIABLE) or _token(spec)
-        self.provider, self._key = provider or "auto", key
-        _check_provider(spec, name, provider)
+        # A provider's own key is for that provider; Hugging Face must not see it.
+        self._hub_token = key if key.startswith("hf_") else None
+        self.provider = provider or "auto"
+        if not provider and self._hub_token is None:
+            raise OracleError(f"oracle {spec}: the key is a provider's own; name it, as hf:{name}@PROVIDER.")
+        _check_provider(spec, name, provider, self._hub_token)
         super().__init__(spec, name, {"provider": self.provider, "api_key": key, "timeout": timeout}, concurrency)
 
     @property
@@ -51,17 +56,18 @@ class ProviderOracle(ChatClient):
         from hf_reflect.oracles.chat import get
 
         base = constants.INFERENCE_PROXY_TEMPLATE.partition("/{")[0]
-        _, _, data = get(f"{base}/v1/models", self.spec, self._key)
-        found = [
-            offer["pricing"]
-            for model in (data or {}).get("data", [])
-            if model.get("id") == self.name
-            for offer in model.get("providers", [])
-            if offer.get("pricing") and self.provider in ("auto", offer.get("provider"))
-        ]
-        if not found:
-            return None
-        return max(float(p["input"]) for p in found), max(float(p["output"]) for p in found)
+        try:
+            _, _, data = get(f"{base}/v1/models", self.spec, self._hub_token)
+            prices = [
+                (float(offer["pricing"]["input"]), float(offer["pricing"]["output"]))
+                for model in data["data"]
+                if model["id"] == self.name
+                for offer in model["providers"]
+                if offer.get("pricing") and self.provider in ("auto", offer.get("provider"))
+            ]
+        except (OracleError, KeyError, TypeError, ValueError, AttributeError):
+            return None  # it is only for an estimate, which can do without
+        return (max(read for read, _ in prices), max(written for _, written in prices)) if prices else None
 
 
 class EndpointOracle(ChatOracle):
@@ -103,7 +109,7 @@ class EndpointOracle(ChatOracle):
                 address, model, api_key=key, concurrency=concurrency, timeout=timeout + _SCALE_UP, headers=headers
             )
         except BaseException:
-            self.close()
+            close_all([self])
             raise
         self.spec = spec
 
@@ -128,7 +134,8 @@ class _Endpoint:
         if not namespace or not short:
             raise OracleError(f"oracle {spec}: write it as endpoint:NAMESPACE/NAME.")
         self.spec, self._token = spec, token
-        self._endpoint = self._call(lambda: HfApi(token=token).get_inference_endpoint(short, namespace=namespace))
+        api = HfApi(token=token)
+        self._endpoint = self._call(lambda: api.get_inference_endpoint(short, namespace=namespace))
 
     @property
     def url(self) -> str:
@@ -162,6 +169,8 @@ class _Endpoint:
         except InferenceEndpointError as error:  # it failed to start, or not in time
             said = redact(" ".join(str(error).split()), [self._token])
             raise OracleError(f"oracle {self.spec}: {said} Look at its logs on endpoints.huggingface.co.") from error
+        except (KeyError, TypeError, AttributeError) as error:  # from within huggingface_hub
+            raise OracleError(f"oracle {self.spec}: the control plane answers in an unknown shape.") from error
         except Exception as error:
             fault = read_fault(error, [self._token])
             if fault is None:
@@ -181,21 +190,36 @@ def _token(spec: str) -> str:
     return token
 
 
-def _check_provider(spec: str, model: str, provider: str) -> None:
+def _check_provider(spec: str, model: str, provider: str, token: str | None) -> None:
     """Refuses what no provider serves, before anything is asked."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        mapping = HfApi().model_info(model, expand=["inferenceProviderMapping"]).inference_provider_mapping or []
+        validate_repo_id(model)
+        mapping = HfApi(token=token).model_info(model, expand=["inferenceProviderMapping"]).inference_provider_mapping
+        serving = [offer.provider for offer in mapping or () if offer.task == "conversational"]
+    except HFValidationError as error:
+        raise OracleError(f"oracle {spec}: write it as hf:NAMESPACE/NAME or hf:NAMESPACE/NAME@PROVIDER.") from error
+    except (KeyError, TypeError, AttributeError) as error:  # from within huggingface_hub
+        raise OracleError(f"oracle {spec}: the Hub answers in an unknown shape.") from error
     except Exception as error:
-        fault = read_fault(error)
+        secrets = [token] if token else []
+        fault = read_fault(error, secrets)
         if fault is None:
             raise
-        raise OracleError(f"oracle {spec}: the Hub says {fault.message}. Check the model's name.") from error
-    serving = [offer.provider for offer in mapping if offer.task == "conversational"]
+        said = redact(fault.message, secrets)
+        raise OracleError(f"oracle {spec}: the Hub says {said}. Check the model's name.") from error
     if not serving:
         raise OracleError(f"oracle {spec}: no Inference Provider serves this model as a chat model.")
     if provider and provider not in serving:
-        raise OracleError(
-            f"oracle {spec}: {provider} does not serve this model. It is served by {', '.join(serving)}."
-        )
+        raise OracleError(f"oracle {spec}: {provider} does not serve this model; {', '.join(serving)} do.")
+    if provider and provider not in _known_providers():
+        raise OracleError(f"oracle {spec}: the installed huggingface_hub does not know {provider}; update it.")
+
+
+def _known_providers() -> tuple[str, ...]:
+    from huggingface_hub.inference._providers import PROVIDERS
+
+    return tuple(PROVIDERS)

@@ -11,13 +11,15 @@ from weakref import WeakValueDictionary
 from hf_reflect import background
 from hf_reflect.errors import OracleError
 from hf_reflect.journal import Journal
-from hf_reflect.oracles.base import Oracle, PassingError, Reply, Request, RowFailedError
+from hf_reflect.oracles.base import Oracle, PassingError, Reply, Request, RowFailedError, Sampling
 from hf_reflect.oracles.pace import Limits, Pace
 from hf_reflect.oracles.purse import Purse
 
 
 _LONGEST_BACKOFF = 60.0
 _SETTLING = 0.05
+_CANARY = Request(({"role": "user", "content": "Say OK."},), Sampling(max_tokens=1))
+"""Asked where many requests in a row have failed in ways of their own."""
 
 
 class JournaledOracle:
@@ -85,45 +87,73 @@ class JournaledOracle:
 
     async def _try(self, key: str, request: Request) -> Reply:
         """Asks until there is an answer, or no hope of one."""
-        attempt = 0
+        calls = failures = 0
         while True:
-            attempt += 1
+            calls += 1
             try:
-                return await self._call(key, request, attempt)
+                return await self._call(key, request, calls)
             except PassingError as error:
                 self.spent.failed_calls += 1
-                # While nothing at all succeeds it is the server that fails, not this request.
-                if attempt >= self.limits.attempts and not self._pace.broken:
-                    raise RowFailedError(f"{error} (attempt {attempt} of {self.limits.attempts})") from error
+                # What would have hit any other request is not held against this one: patience ends that.
+                failures += not (error.of_server or self._pace.broken)
+                if failures >= self.limits.attempts:
+                    raise RowFailedError(f"{error} (attempt {calls} of {self.limits.attempts})") from error
                 wait = error.retry_after
-            backoff = min(_LONGEST_BACKOFF, random.uniform(0.25, 0.5) * 2.0**attempt)
-            await asyncio.sleep(backoff if wait is None else wait)
+            if self._pace.broken:
+                continue  # the pace says when it is worth another try
+            backoff = random.uniform(0.25, 0.5) * 2.0 ** min(calls, 8)
+            await asyncio.sleep(min(_LONGEST_BACKOFF, backoff) if wait is None else wait)
 
     async def _call(self, key: str, request: Request, attempt: int) -> Reply:
+        await self._afford()
         async with self._pace.turn(self.spent.tokens_per_call) as turn:
-            while self.purse.reached and self.purse.in_flight:
-                await asyncio.sleep(_SETTLING)  # those in flight may turn out to be cheap
-            if self.purse.reached:
-                self.spent.not_asked += 1
-                raise RowFailedError("not asked: the budget was reached", "skipped")
+            await self._afford()
             self.purse.in_flight += 1
             try:
                 reply = replace(await self.oracle.complete(request), attempts=attempt)
             except PassingError as error:
-                turn.failed(error)
+                if turn.failed(error):
+                    await self._find_out(error)
                 raise
             except RowFailedError:
-                turn.succeeded(0)  # this request has no answer, but the server is well
+                turn.answered(0)  # this request has no answer, but the server is well
                 raise
             finally:
                 self.purse.in_flight -= 1
             self.journal.put("reply", {key: asdict(reply)})
-            self.purse.pay(reply, time.monotonic() - turn.began)
-            turn.succeeded((reply.prompt_tokens or 0) + (reply.completion_tokens or 0))
+            turn.answered(self.purse.pay(request, reply, time.monotonic() - turn.began))
             return reply
+
+    async def _find_out(self, error: PassingError) -> None:
+        """Whether it is the server that fails, or only what it is asked: a question that is none can tell.
+
+        Raises:
+            OracleError: patience is over.
+        """
+        try:
+            await self.oracle.complete(_CANARY)
+        except PassingError:
+            self._pace.breaks(error)
+        except RowFailedError:
+            self._pace.answered()
+        else:
+            self._pace.answered()
+
+    async def _afford(self) -> None:
+        """Waits until it is clear whether the budget has room for a call.
+
+        Raises:
+            RowFailedError: it has none.
+        """
+        while self.purse.reached and self.purse.in_flight:
+            await asyncio.sleep(_SETTLING)  # those in flight may turn out to be cheap
+        if self.purse.reached:
+            self.spent.not_asked += 1
+            raise RowFailedError("not asked: the budget was reached", "skipped")
 
     def _forget_parent_process(self) -> None:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-            self._pace = Pace(self.oracle.concurrency, self.limits, self.oracle.name)
+            where = getattr(self.oracle, "spec", None) or self.oracle.name
+            self._pace = Pace(self.oracle.concurrency, self.limits, where.partition("#")[0])

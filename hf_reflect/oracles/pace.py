@@ -1,13 +1,14 @@
 """How fast an oracle is asked: as fast as it keeps up with, and never faster than it allows.
 
 Calls at once start modest and grow while the server keeps up; when it throttles they shrink by a quarter and grow
-again one by one (additive increase, multiplicative decrease). Failures in a row open a circuit breaker: one call at a
-time then probes the server, until it answers or the patience is over.
+again one by one (additive increase, multiplicative decrease). A server that fails whatever it is asked opens a circuit
+breaker: one call at a time then probes it, until it answers or the patience is over.
 """
 
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from hf_reflect.oracles.base import PassingError
 _MODEST = 16
 _SHRINK = 0.75
 _BROKEN = 10
-"""So many failures in a row are the server's fault, not the requests'."""
+"""So many failures in a row ask for an explanation."""
 _LONGEST_PROBE = 30.0
 _MINUTE = 60.0
 
@@ -29,10 +30,10 @@ class Limits:
     """What asking may cost and how hard it may try. None of it changes an answer.
 
     Attributes:
-        attempts: Calls per request, where the failure may pass.
+        attempts: Calls per request, where the failure may pass and is the request's own; being throttled is not.
         patience: Seconds to go on without a single success before the run stops.
         rpm: Requests per minute.
-        tpm: Tokens per minute, read and written.
+        tpm: Tokens per minute, read and written. A call that takes more than expected delays the next ones.
         max_tokens_total: Tokens to spend in this run, read and written.
         max_cost: What to spend in this run, in the currency of the prices.
         price_in: Price of a million tokens read.
@@ -49,8 +50,14 @@ class Limits:
     price_out: float | None = None
 
 
+@dataclass
+class _Use:
+    at: float
+    amount: float
+
+
 class Meter:
-    """Lets an amount pass per minute, evenly: what was used early delays what comes next.
+    """Lets an amount pass in any minute, and no more.
 
     Args:
         per_minute: The amount; null for any.
@@ -58,20 +65,31 @@ class Meter:
     """
 
     def __init__(self, per_minute: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds_each = 0.0 if per_minute is None else _MINUTE / per_minute
-        self._clock = clock
-        self._free_at = 0.0
+        self._per_minute, self._clock = per_minute, clock
+        self._used: deque[_Use] = deque()
 
-    def reserve(self, amount: float) -> float:
-        """Takes an amount, and gives the seconds to wait before using it."""
+    def wait(self, amount: float) -> float:
+        """Seconds until an amount may pass; one that is larger than a minute's waits for a minute without any."""
+        if self._per_minute is None:
+            return 0.0
         now = self._clock()
-        start = max(now, self._free_at)
-        self._free_at = start + amount * self._seconds_each
-        return start - now
+        while self._used and self._used[0].at <= now - _MINUTE:
+            self._used.popleft()
+        excess = sum(use.amount for use in self._used) + min(amount, self._per_minute) - self._per_minute
+        for use in self._used:
+            if excess <= 0:
+                break
+            excess -= use.amount
+            if excess <= 0:
+                return use.at + _MINUTE - now
+        return 0.0
 
-    def settle(self, difference: float) -> None:
-        """Takes what was used beyond what was reserved, or gives back what was not."""
-        self._free_at += difference * self._seconds_each
+    def take(self, amount: float) -> _Use:
+        """Uses an amount now. What it turns out to be can be set in what is returned."""
+        use = _Use(self._clock(), amount)
+        if self._per_minute is not None:
+            self._used.append(use)
+        return use
 
 
 class Pace:
@@ -85,77 +103,79 @@ class Pace:
     Attributes:
         allowed: Calls allowed at once, at this moment.
         in_flight: Calls under way.
+        broken: Whether the breaker is open.
+        failures: How many calls failed since the last success.
     """
 
     def __init__(self, most: int, limits: Limits, name: str) -> None:
         self.most, self.limits, self.name = most, limits, name
         self.allowed = float(min(most, _MODEST))
         self.in_flight = 0
+        self.broken = False
+        self.failures = 0
         self._growing_fast = True
         self._shrunk_at = 0.0
         self._paused_until = 0.0
-        self._failures = 0
         self._failing_since = 0.0
         self._probe_after = 0.0
-        self._changed = asyncio.Condition()
+        self._gate = asyncio.Lock()
+        self._freed = asyncio.Event()
         self._requests, self._tokens = Meter(limits.rpm), Meter(limits.tpm)
-
-    @property
-    def broken(self) -> bool:
-        """Whether the breaker is open."""
-        return self._failures >= _BROKEN
 
     @asynccontextmanager
     async def turn(self, tokens: float) -> AsyncIterator["Turn"]:
-        """A turn for one call, once the limits admit it.
+        """A turn for one call, once all limits admit it.
 
         Args:
             tokens: How many tokens the call is expected to take.
         """
-        async with self._changed:
-            await self._changed.wait_for(self._admits)
+        async with self._gate:  # calls begin one after another, so what admits one still holds when it begins
+            await self._admit(tokens)
+            self._requests.take(1)
+            use = self._tokens.take(tokens)
             self.in_flight += 1
         try:
-            await self._wait(tokens)
-            yield Turn(self, time.monotonic(), tokens)
+            yield Turn(self, time.monotonic(), use)
         finally:
             self.in_flight -= 1
-            async with self._changed:
-                self._changed.notify(max(1, int(self.allowed) - self.in_flight))
+            self._freed.set()
 
-    def _admits(self) -> bool:
-        return self.in_flight < (1 if self.broken else int(self.allowed))
+    async def _admit(self, tokens: float) -> None:
+        while True:
+            while self.in_flight >= (1 if self.broken else int(self.allowed)):
+                self._freed.clear()
+                await self._freed.wait()
+            open_at = max(self._paused_until, self._probe_after if self.broken else 0.0)
+            wait = max(open_at - time.monotonic(), self._requests.wait(1), self._tokens.wait(tokens))
+            if wait <= 0:
+                return
+            await asyncio.sleep(wait + random.uniform(0, 0.02))
 
-    async def _wait(self, tokens: float) -> None:
-        await asyncio.sleep(max(self._requests.reserve(1), self._tokens.reserve(tokens)))
-        # A pause may be ordered, or prolonged, while others are waited for.
-        while (pause := max(self._paused_until, self._probe_after if self.broken else 0.0) - time.monotonic()) > 0:
-            await asyncio.sleep(pause + random.uniform(0, 0.1))
-
-    def succeeded(self, used: float, expected: float) -> None:
-        """A call was answered: allows more at once."""
-        self._tokens.settle(used - expected)
+    def answered(self) -> None:
+        """The server answered: allows more at once."""
         if self.broken:
-            self.allowed = min(self.allowed, _MODEST)
-        self._failures = 0
+            self.broken, self.allowed = False, min(self.allowed, _MODEST)
+        self.failures = 0
         self.allowed = min(self.most, self.allowed + (1.0 if self._growing_fast else 1.0 / self.allowed))
 
-    def failed(self, error: PassingError, began: float, expected: float = 0.0) -> None:
-        """A call failed: allows fewer at once if the server throttles, and counts towards the breaker.
+    def failed(self, error: PassingError, began: float) -> bool:
+        """A call failed: allows fewer at once if the server throttles.
 
         Args:
             error: How it failed.
             began: When the call began.
-            expected: How many tokens it was expected to take.
+
+        Returns:
+            Whether so many calls in a row have failed that it must be found out whether the server does: then call
+            `answered` or `breaks`.
 
         Raises:
             OracleError: patience is over.
         """
         now = time.monotonic()
-        self._tokens.settle(-expected)
-        self._failing_since = now if self._failures == 0 else self._failing_since
-        self._failures += 1
-        if error.throttled:
+        self._failing_since = now if self.failures == 0 else self._failing_since
+        self.failures += 1
+        if error.throttled or error.slow:
             self._growing_fast = False
             if began > self._shrunk_at:  # calls of one moment tell the same story once
                 self.allowed, self._shrunk_at = max(1.0, self.allowed * _SHRINK), now
@@ -164,11 +184,22 @@ class Pace:
                 raise self._stop(error, f"it asks to wait {error.retry_after:.0f} seconds")
             if error.throttled:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
-        if self.broken:
-            if now - self._failing_since >= self.limits.patience:
-                raise self._stop(error, f"nothing but failures for {now - self._failing_since:.0f} seconds")
-            probe = min(_LONGEST_PROBE, 0.5 * 2 ** (self._failures - _BROKEN))
-            self._probe_after = min(now + probe, max(now, self._failing_since + self.limits.patience))
+        if self.broken or (self.failures >= _BROKEN and error.of_server):
+            self.breaks(error)
+        return not self.broken and self.failures >= _BROKEN
+
+    def breaks(self, error: PassingError) -> None:
+        """Opens the breaker, or keeps it open.
+
+        Raises:
+            OracleError: patience is over.
+        """
+        now = time.monotonic()
+        self.broken = True
+        if now - self._failing_since >= self.limits.patience:
+            raise self._stop(error, f"nothing but failures for {now - self._failing_since:.0f} seconds")
+        probe = min(_LONGEST_PROBE, 0.5 * 2.0 ** min(self.failures - _BROKEN, 10))
+        self._probe_after = min(now + probe, max(now, self._failing_since + self.limits.patience))
 
     def _stop(self, error: PassingError, why: str) -> OracleError:
         advice = error.advice or "Run the same command again to go on: nothing paid for is lost."
@@ -181,21 +212,22 @@ class Turn:
 
     Attributes:
         began: When it began, on the monotonic clock.
-        expected: How many tokens it was expected to take.
     """
 
     pace: Pace
     began: float
-    expected: float
+    _use: _Use
 
-    def succeeded(self, used: float) -> None:
+    def answered(self, tokens: float) -> None:
         """The server answered, and took so many tokens for it."""
-        self.pace.succeeded(used, self.expected)
+        self._use.amount = tokens
+        self.pace.answered()
 
-    def failed(self, error: PassingError) -> None:
-        """The call failed.
+    def failed(self, error: PassingError) -> bool:
+        """The call failed; see `Pace.failed`.
 
         Raises:
             OracleError: patience is over.
         """
-        self.pace.failed(error, self.began, self.expected)
+        self._use.amount = 0.0
+        return self.pace.failed(error, self.began)

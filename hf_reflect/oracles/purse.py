@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 
 from hf_reflect.errors import OracleError
-from hf_reflect.oracles.base import Reply
+from hf_reflect.oracles.base import Reply, Request
 from hf_reflect.oracles.pace import Limits
 
 
 _MILLION = 1_000_000
+_LETTERS = 4
+"""Of a token, in most languages and tokenizers."""
 
 
 @dataclass
@@ -18,8 +20,8 @@ class Spent:
         calls: Calls answered by the oracle.
         failed_calls: Calls that failed.
         recalled: Calls answered by the journal.
-        prompt_tokens: Tokens read by the oracle.
-        completion_tokens: Tokens written by it.
+        prompt_tokens: Tokens read by the oracle; estimated where it doesn't say.
+        completion_tokens: Tokens written by it, likewise.
         seconds: How long the answered calls took, added up.
         not_asked: Requests that were not asked because the budget was reached.
     """
@@ -66,32 +68,55 @@ class Purse:
             )
 
     @property
+    def budget(self) -> list[float] | None:
+        """What limits the spending; null if nothing does."""
+        limits = self.limits
+        found = [limits.max_tokens_total, limits.max_cost, limits.price_in, limits.price_out]
+        return [value or 0.0 for value in found] if found[:2] != [None, None] else None
+
+    @property
     def cost(self) -> float | None:
         """What was spent, in the currency of the prices; null without prices."""
         return cost(self.limits, self.spent.prompt_tokens, self.spent.completion_tokens)
 
     @property
     def reached(self) -> bool:
-        """Whether an average call more, after those in flight, would exceed the budget."""
-        ahead = self.in_flight + 1 if self.spent.calls else self.in_flight
-        calls, limits = max(1, self.spent.calls), self.limits
-        tokens = self.spent.tokens + ahead * self.spent.tokens_per_call
-        if limits.max_tokens_total is not None and tokens > limits.max_tokens_total:
+        """Whether another call, after those in flight, would exceed the budget. All count as average ones.
+
+        Before the first reply nothing is known of what a call takes: then one is enough.
+        """
+        limits, calls = self.limits, self.spent.calls
+        if limits.max_tokens_total is None and limits.max_cost is None:
+            return False
+        if not calls and self.in_flight:
             return True
-        paid = self.cost
-        return limits.max_cost is not None and paid is not None and paid + ahead * paid / calls > limits.max_cost
+        ahead = (self.in_flight + 1) / calls if calls else 0.0
+        tokens, paid = self.spent.tokens, self.cost or 0.0
+        return _exceeds(tokens, ahead, limits.max_tokens_total) or _exceeds(paid, ahead, limits.max_cost)
 
     def describe(self) -> str:
         """The live totals, in a few words."""
         paid = "" if self.cost is None else f", cost {self.cost:.2f}"
         return f"{self.spent.calls} calls, {self.spent.tokens:,} tokens{paid}"
 
-    def pay(self, reply: Reply, seconds: float) -> None:
-        """Takes an answered call into account."""
+    def pay(self, request: Request, reply: Reply, seconds: float) -> int:
+        """Takes an answered call into account, and gives the tokens it took.
+
+        What a server does not count is estimated from the texts: a budget must hold there as well.
+        """
+        asked = "".join(str(message.get("content", "")) for message in request.messages)
+        read = len(asked) // _LETTERS + 1 if reply.prompt_tokens is None else reply.prompt_tokens
+        said = reply.text + (reply.thinking or "")
+        written = len(said) // _LETTERS + 1 if reply.completion_tokens is None else reply.completion_tokens
         self.spent.calls += 1
-        self.spent.prompt_tokens += reply.prompt_tokens or 0
-        self.spent.completion_tokens += reply.completion_tokens or 0
+        self.spent.prompt_tokens += read
+        self.spent.completion_tokens += written
         self.spent.seconds += seconds
+        return read + written
+
+
+def _exceeds(spent: float, calls_ahead: float, limit: float | None) -> bool:
+    return limit is not None and (spent >= limit or spent * (1 + calls_ahead) > limit)
 
 
 def cost(limits: Limits, prompt_tokens: float, completion_tokens: float) -> float | None:

@@ -1,0 +1,304 @@
+"""To the Hub: a result arrives in one commit, or not at all, and is opened again before success is reported."""
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_reflect import __version__
+from hf_reflect.cards import README, CardData, render_card
+from hf_reflect.errors import HfReflectError, HubError
+from hf_reflect.extras import EXTRAS, write_preference, write_selected
+from hf_reflect.merging import merge, sign, split
+from hf_reflect.oracles.faults import Fault, read_fault
+from hf_reflect.output import FOLDERS, DataFiles
+from hf_reflect.recipe import FILE, Recipe
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+_ATTEMPTS = 8
+_LONGEST_WAIT = 60.0
+_COMPARED_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a result is on the Hub.
+
+    Attributes:
+        repo_id: The dataset.
+        url: Of the revision, or of the pull request.
+        commit: Its hash.
+        changed: Whether anything had to be pushed.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    changed: bool
+
+
+def push_recycled(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    preference: bool = False,
+    selected: float | None = None,
+    overwrite: bool = False,
+    template: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Pushes the folder that a run wrote: data, card and recipe in one commit on top of the one that was looked at.
+
+    Conflicts with other pushes, throttling and failures of the server are tried again; what was uploaded is not
+    uploaded again. The pushed revision is then loaded and compared with the folder, row by row. Pushing the same
+    folder again makes no commit. What people changed by hand in the card stays, and so do other configs.
+
+    Args:
+        folder: What `recycle` wrote.
+        repo_id: `NAMESPACE/NAME`; made if it isn't there.
+        private: Whether a new repository is private.
+        create_pr: Open a pull request in place of a commit.
+        revision: The branch; made if it isn't there.
+        message: Of the commit.
+        preference: Also push a config `preference`: prompt, chosen (the rewrite that the student kept) and rejected.
+        selected: Also push a config `selected`: this share of the rows, those with the highest IFD.
+        overwrite: Replace a dataset that has another recipe.
+        template: The text of another Jinja template for the card.
+        token: By default that of your login.
+
+    Raises:
+        HfReflectError: it can't be pushed, or what arrived is not what was sent; the message says what to do.
+    """
+    path = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="hf_reflect-push-") as extra:
+        bundle = _bundle(path, Path(extra), repo_id, preference, selected, template)
+        target = _Target(hub_api(token), repo_id, create_pr, revision, overwrite)
+        pushed = target.push(bundle, private, message or f"Recycled with hf_reflect {__version__}")
+        _compare(bundle, pushed, token)
+    return pushed
+
+
+def hub_api(token: str | None = None) -> "HfApi":
+    """The Hub's client, which says that it is us who call."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="hf_reflect", library_version=__version__)
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """What is to be pushed.
+
+    Attributes:
+        recipe: What was done.
+        files: Where each file lies, by its path in the repository; the card aside.
+        data: What the card says.
+        template: The text of another template for the card.
+    """
+
+    recipe: Recipe
+    files: dict[str, Path]
+    data: CardData
+    template: str | None
+
+    @property
+    def data_files(self) -> DataFiles:
+        """The file of each config and split."""
+        return self.data.data_files
+
+    def card(self, others: Collection[str]) -> str:
+        """The text of the card, where some configs made on demand are there already."""
+        beside = tuple(name for name in EXTRAS if name in others)
+        return sign(render_card(replace(self.data, beside=beside), self.template))
+
+
+def _bundle(
+    folder: Path, extra: Path, location: str, preference: bool, selected: float | None, template: str | None
+) -> _Bundle:
+    data = CardData.of_folder(folder, location)
+    files = {path: folder / path for splits in data.data_files.values() for path in splits.values()}
+    files[FILE] = folder / FILE
+    files |= {file.name: file for file in folder.glob("*.png")}
+    made: DataFiles = {}
+    if preference:
+        made["preference"] = write_preference(folder, extra)
+    if selected is not None:
+        made["selected"] = write_selected(folder, extra, selected)
+    for splits in made.values():
+        files |= {path: extra / path for path in splits.values()}
+    data.data_files.update(made)
+    return _Bundle(data.recipe, files, data, template)
+
+
+class _Target:
+    """A dataset repository, as a place to push to."""
+
+    def __init__(self, api: "HfApi", repo_id: str, create_pr: bool, revision: str | None, overwrite: bool) -> None:
+        self._api, self.repo_id, self._create_pr = api, repo_id, create_pr
+        self._revision, self._overwrite = revision, overwrite
+        _check_name(repo_id)
+
+    def push(self, bundle: _Bundle, private: bool, message: str) -> Pushed:
+        self._patiently(lambda: self._api.create_repo(
+            self.repo_id, repo_type="dataset", private=private or None, exist_ok=True
+        ))  # fmt: skip
+        if self._revision and not self._create_pr:
+            self._patiently(lambda: self._api.create_branch(
+                self.repo_id, branch=str(self._revision), repo_type="dataset", exist_ok=True
+            ))  # fmt: skip
+        return self._patiently(lambda: self._commit(bundle, message))
+
+    def _commit(self, bundle: _Bundle, message: str) -> Pushed:
+        """One attempt: looks at what is there, and commits on top of just that."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        info = self._api.dataset_info(self.repo_id, revision=self._revision)
+        there = {sibling.rfilename for sibling in info.siblings or ()}
+        existing = self._read(README, info.sha) if README in there else None
+        same = self._check_recipe(bundle, there, info.sha)
+        # What was made on demand from another result says nothing true of this one.
+        gone = frozenset() if same else frozenset(EXTRAS)
+        card = merge(bundle.card(_names(existing) & set(EXTRAS) - gone), existing, gone)
+        stale = _listed(existing, {*FOLDERS, *bundle.data_files, *gone}) - set(bundle.files)
+        operations: list[Any] = [CommitOperationDelete(path) for path in sorted(stale & there)]
+        operations += [CommitOperationAdd(path, str(file)) for path, file in sorted(bundle.files.items())]
+        operations.append(CommitOperationAdd(README, card.encode()))
+        commit = self._api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=message,
+            repo_type="dataset",
+            revision=self._revision,
+            parent_commit=info.sha,
+            create_pr=self._create_pr,
+        )
+        changed = commit.oid != info.sha
+        url = commit.pr_url or f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{commit.oid}"
+        return Pushed(self.repo_id, url, commit.oid, changed)
+
+    def _check_recipe(self, bundle: _Bundle, there: set[str], revision: str | None) -> bool:
+        """Whether what is there was made by the same recipe; refuses to replace anything else unasked."""
+        import yaml
+
+        found = yaml.safe_load(self._read(FILE, revision)) if FILE in there else None
+        recipe = found.get("hash") if isinstance(found, dict) else None
+        if recipe == bundle.recipe.hash:
+            return True
+        if there - {".gitattributes", README} and not self._overwrite and not self._create_pr:
+            what = f"the result of another recipe ({recipe})" if recipe else "something else"
+            raise HubError(
+                f"{self.repo_id}: holds {what}. Push to another name, replace it with --overwrite, or open a pull "
+                "request with --create-pr."
+            )
+        return False
+
+    def _read(self, path: str, revision: str | None) -> str:
+        file = self._api.hf_hub_download(self.repo_id, path, repo_type="dataset", revision=revision)
+        return Path(file).read_text("utf-8")
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Does something, and does it again while what prevents it may pass."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return action()
+            except HfReflectError:
+                raise
+            except Exception as error:
+                fault = read_fault(error)
+                if fault is None:
+                    raise
+                if attempt == _ATTEMPTS or not may_pass(fault):
+                    raise HubError(f"{self.repo_id}: {fault.message}. {advice(fault)}") from error
+            wait = min(_LONGEST_WAIT, random.uniform(0.25, 0.5) * 2.0**attempt)
+            time.sleep(wait if fault.retry_after is None else min(fault.retry_after, _LONGEST_WAIT))
+
+
+def may_pass(fault: Fault) -> bool:
+    """Whether a call to the Hub is worth another try: 412 is somebody else's commit, which was in between."""
+    return fault.passing or fault.status == 412
+
+
+def advice(fault: Fault) -> str:
+    """What a person can do about a failed call to the Hub."""
+    if fault.status == 401:
+        return "You are not logged in, or your token is wrong: run `hf auth login`."
+    if fault.status == 403:
+        return "Your token may not write there: take one with write access, or a namespace of your own."
+    if fault.status == 404:
+        return "There is no such dataset or revision, or you may not see it."
+    if fault.status == 400:
+        return "The Hub refuses what was sent; nothing was pushed."
+    return "Nothing was pushed; run the same command again: what was uploaded is not uploaded again."
+
+
+def _names(card: str | None) -> set[str]:
+    """The configs that an existing card lists."""
+    configs = split(card or "")[0].get("configs")
+    listed = configs if isinstance(configs, list) else ()
+    return {str(config.get("config_name")) for config in listed if isinstance(config, dict)}
+
+
+def _listed(card: str | None, names: set[str]) -> set[str]:
+    """The data files that an existing card lists for some configs."""
+    found: set[str] = set()
+    for config in split(card or "")[0].get("configs") or ():
+        if isinstance(config, dict) and config.get("config_name") in names:
+            files = config.get("data_files")
+            found |= {file["path"] for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
+    return found
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a dataset: {error}") from error
+    if "/" not in repo_id:
+        raise HubError(f"{repo_id!r}: write it with its namespace, as NAMESPACE/NAME.")
+
+
+def _compare(bundle: _Bundle, pushed: Pushed, token: str | None) -> None:
+    """Opens what was pushed as anybody would, and compares it with what was sent.
+
+    Raises:
+        HubError: they differ.
+    """
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+
+    for config, splits in bundle.data_files.items():
+        there = load_dataset(pushed.repo_id, config, revision=pushed.commit, token=token)
+        for name, path in splits.items():
+            sent, arrived = pq.ParquetFile(bundle.files[path]), there[name]
+            if sent.metadata.num_rows != len(arrived) or sent.schema_arrow.names != arrived.column_names:
+                raise _differs(pushed, config, name, f"{len(arrived)} rows of {', '.join(arrived.column_names)}")
+            table, start = arrived.with_format("arrow"), 0
+            for batch in sent.iter_batches(_COMPARED_AT_ONCE):
+                rows = table[start : start + len(batch)]
+                if not rows.equals(type(rows).from_batches([batch]).cast(rows.schema)):
+                    raise _differs(pushed, config, name, f"other values among rows {start} to {start + len(batch)}")
+                start += len(batch)
+
+
+def _differs(pushed: Pushed, config: str, split: str, how: str) -> HubError:
+    return HubError(
+        f"{pushed.repo_id}: commit {pushed.commit} was made, but what is there is not what was sent: config {config}, "
+        f"split {split} has {how}. Push again."
+    )

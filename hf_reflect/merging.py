@@ -1,0 +1,139 @@
+"""A card that is generated again keeps what people changed by hand.
+
+A generated card ends in a comment with a fingerprint of each of its sections and of each key of its metadata. What no
+longer has its fingerprint was changed by somebody, and stays; what somebody added stays where it is; what somebody
+removed stays away.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+_HEADING = re.compile(r"^(?=#{1,2} )", re.MULTILINE)
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_MARK = re.compile(r"\n*<!-- hf_reflect (\{.*?\}) -->\s*\Z")
+_FENCE = re.compile(r"^(```|~~~)", re.MULTILINE)
+
+
+def sign(card: str) -> str:
+    """A generated card with its fingerprints at the end."""
+    metadata, body = split(card)
+    marks = {
+        "keys": {key: _fingerprint(value) for key, value in metadata.items()},
+        "sections": {title: _fingerprint(text) for title, text in sections(body).items()},
+    }
+    return f"{card.rstrip()}\n\n<!-- hf_reflect {json.dumps(marks, separators=(',', ':'))} -->\n"
+
+
+def merge(new: str, existing: str | None, gone: frozenset[str] = frozenset()) -> str:
+    """A newly generated card, with what people changed in the existing one.
+
+    Args:
+        new: The card as generated and signed.
+        existing: The card that is there; null if there is none. One without fingerprints is all by hand: it keeps
+            its body, and its metadata where it has any.
+        gone: Configs of the existing card that are there no longer.
+    """
+    if existing is None:
+        return new
+    marks = _marks(existing)
+    new_metadata, new_body = split(_MARK.sub("\n", new))
+    old_metadata, old_body = split(_MARK.sub("\n", existing))
+    metadata = _merge_metadata(new_metadata, old_metadata, marks["keys"], gone)
+    body = _merge_body(sections(new_body), sections(old_body), marks["sections"]) if marks["sections"] else old_body
+    mark = _MARK.search(new)
+    return f"---\n{_dump(metadata)}---\n{body.rstrip()}\n\n{mark[0].strip() if mark else ''}".rstrip() + "\n"
+
+
+def split(card: str) -> tuple[dict[str, Any], str]:
+    """Metadata and body of a card. Metadata that can't be read is none."""
+    import yaml
+
+    front = _FRONT.match(card)
+    if front is None:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(front[1])
+    except yaml.YAMLError:
+        metadata = None
+    return (dict(metadata) if isinstance(metadata, Mapping) else {}), card[front.end() :]
+
+
+def sections(body: str) -> dict[str, str]:
+    """The sections of a body by heading, what precedes the first under an empty one. Headings in code don't count."""
+    found: dict[str, str] = {}
+    for part in _HEADING.split(body):
+        if found and len(_FENCE.findall("".join(found.values()))) % 2:
+            last = next(reversed(found))
+            found[last] += part  # the heading stands in an open code block
+            continue
+        title = part.partition("\n")[0].strip() if part.startswith("#") else ""
+        while title in found:
+            title += " "
+        found[title] = part
+    return found
+
+
+def _merge_metadata(
+    new: Mapping[str, Any], old: Mapping[str, Any], marks: Mapping[str, str], gone: frozenset[str]
+) -> dict[str, Any]:
+    merged = dict(new)
+    for key, value in old.items():
+        if key == "configs":
+            merged[key] = _merge_configs(new.get(key) or [], value, gone)
+        elif key not in new and key not in marks:
+            merged[key] = value  # added
+        elif marks.get(key) != _fingerprint(value) and key != "hf_reflect":
+            merged[key] = value  # changed, or there before us
+    for key in set(marks) - set(old) - {"configs", "hf_reflect"}:
+        merged.pop(key, None)  # removed
+    return merged
+
+
+def _merge_configs(new: list[Any], old: Any, gone: frozenset[str]) -> list[Any]:
+    """The configs that were generated, and those that others put beside them."""
+    names = {config["config_name"] for config in new} | gone
+    others = [config for config in old if isinstance(config, Mapping)] if isinstance(old, list) else []
+    return [*new, *(config for config in others if config.get("config_name") not in names)]
+
+
+def _merge_body(new: Mapping[str, str], old: Mapping[str, str], marks: Mapping[str, str]) -> str:
+    kept = []
+    for title, text in old.items():
+        if title not in marks:
+            kept.append((title, text))  # added
+        elif marks[title] != _fingerprint(text):
+            kept.append((title, text))  # changed
+        elif title in new:
+            kept.append((title, new[title]))
+    titles = [title for title, _ in kept]
+    for before, title in zip(["", *new], new, strict=False):  # what is new comes after what it follows
+        if title not in titles and title not in marks:
+            at = titles.index(before) + 1 if before in titles else len(titles)
+            titles.insert(at, title)
+            kept.insert(at, (title, new[title]))
+    return "".join(text if text.endswith("\n") else f"{text}\n" for _, text in kept)
+
+
+def _marks(card: str) -> dict[str, dict[str, str]]:
+    mark = _MARK.search(card)
+    try:
+        found = json.loads(mark[1]) if mark else {}
+    except ValueError:
+        found = {}
+    parts = {name: found.get(name) for name in ("keys", "sections")}
+    return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+
+
+def _fingerprint(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _dump(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True))
