@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_reflect import __version__
-from hf_reflect.cards import README, CardData, render_card
+from hf_reflect.cards import README, CardData, render_card, render_plain_card
 from hf_reflect.errors import HfReflectError, HubError
 from hf_reflect.extras import EXTRAS, write_preference, write_selected
 from hf_reflect.merging import merge, sign, split
 from hf_reflect.oracles.faults import Fault, read_fault
 from hf_reflect.output import FOLDERS, DataFiles
-from hf_reflect.recipe import FILE, Recipe
+from hf_reflect.recipe import FILE, TaskRecipe, read_task
 
 
 if TYPE_CHECKING:
@@ -102,31 +102,25 @@ class _Bundle:
     """What is to be pushed.
 
     Attributes:
-        recipe: What was done.
+        recipe: The hash of the recipe that it was made by.
         files: Where each file lies, by its path in the repository; the card aside.
-        data: What the card says.
-        template: The text of another template for the card.
+        data_files: The file of each config and split.
+        card: Gives the text of the card, where some configs made on demand are there already.
     """
 
-    recipe: Recipe
+    recipe: str
     files: dict[str, Path]
-    data: CardData
-    template: str | None
-
-    @property
-    def data_files(self) -> DataFiles:
-        """The file of each config and split."""
-        return self.data.data_files
-
-    def card(self, others: Collection[str]) -> str:
-        """The text of the card, where some configs made on demand are there already."""
-        beside = tuple(name for name in EXTRAS if name in others)
-        return sign(render_card(replace(self.data, beside=beside), self.template))
+    data_files: DataFiles
+    card: Callable[[Collection[str]], str]
 
 
 def _bundle(
     folder: Path, extra: Path, location: str, preference: bool, selected: float | None, template: str | None
 ) -> _Bundle:
+    if not (folder / FILE).is_file():
+        raise HubError(f"{folder}: there is no result of a run in it.")
+    if (task := read_task(folder)) is not None:
+        return _plain_bundle(folder, location, task)
     data = CardData.of_folder(folder, location)
     files = {path: folder / path for splits in data.data_files.values() for path in splits.values()}
     files[FILE] = folder / FILE
@@ -139,7 +133,24 @@ def _bundle(
     for splits in made.values():
         files |= {path: extra / path for path in splits.values()}
     data.data_files.update(made)
-    return _Bundle(data.recipe, files, data, template)
+
+    def card(others: Collection[str]) -> str:
+        beside = tuple(name for name in EXTRAS if name in others)
+        return sign(render_card(replace(data, beside=beside), template))
+
+    return _Bundle(data.recipe.hash, files, data.data_files, card)
+
+
+def _plain_bundle(folder: Path, location: str, task: TaskRecipe) -> _Bundle:
+    """What `score` or `select` wrote."""
+    import pyarrow.parquet as pq
+
+    paths = {file.name.split("-")[0]: f"data/{file.name}" for file in sorted((folder / "data").glob("*.parquet"))}
+    files = {path: folder / path for path in paths.values()}
+    rows = sum(pq.read_metadata(file).num_rows for file in files.values())
+    title = f"{location.rpartition('/')[2]}: {task.task}"
+    card = sign(render_plain_card(title, {"default": paths}, rows, location, task.settings))
+    return _Bundle(task.hash, {**files, FILE: folder / FILE}, {"default": paths}, lambda others: card)
 
 
 class _Target:
@@ -194,7 +205,7 @@ class _Target:
 
         found = yaml.safe_load(self._read(FILE, revision)) if FILE in there else None
         recipe = found.get("hash") if isinstance(found, dict) else None
-        if recipe == bundle.recipe.hash:
+        if recipe == bundle.recipe:
             return True
         if there - {".gitattributes", README} and not self._overwrite and not self._create_pr:
             what = f"the result of another recipe ({recipe})" if recipe else "something else"

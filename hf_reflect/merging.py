@@ -22,7 +22,7 @@ def sign(card: str) -> str:
     """A generated card with its fingerprints at the end."""
     metadata, body = split(card)
     marks = {
-        "keys": {key: _fingerprint(value) for key, value in metadata.items()},
+        "keys": {key: _fingerprint(value) for key, value in metadata.items() if key != "configs"},
         "sections": {title: _fingerprint(text) for title, text in sections(body).items()},
     }
     return f"{card.rstrip()}\n\n<!-- hf_reflect {json.dumps(marks, separators=(',', ':'))} -->\n"
@@ -82,7 +82,7 @@ def _merge_metadata(
 ) -> dict[str, Any]:
     merged = dict(new)
     for key, value in old.items():
-        if key == "configs":
+        if key == "configs":  # ours are ours, those of others are theirs
             merged[key] = _merge_configs(new.get(key) or [], value, gone)
         elif key not in new and key not in marks:
             merged[key] = value  # added

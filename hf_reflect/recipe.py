@@ -50,6 +50,20 @@ class TaskRecipe:
         return _dump({"hf_reflect": self.version, "hash": self.hash, "task": self.task, **self.settings})
 
 
+def read_task(folder: Path) -> TaskRecipe | None:
+    """The recipe of a task without an oracle in a folder; null if there is none, or one of another kind."""
+    import yaml
+
+    try:
+        data = yaml.safe_load((folder / FILE).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    if not isinstance(data, Mapping) or "task" not in data:
+        return None
+    settings = {name: value for name, value in data.items() if name not in ("hf_reflect", "hash", "task")}
+    return TaskRecipe(str(data["task"]), settings, str(data.get("hf_reflect")))
+
+
 def read_hash(folder: Path) -> str | None:
     """The hash in a folder's recipe; null if there is no recipe of ours."""
     import yaml

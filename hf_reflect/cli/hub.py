@@ -57,6 +57,14 @@ def push(
     say_pushed(pushed)
 
 
+def push_result(out: Path, repo: str | None, private: bool) -> None:
+    """Pushes what a command has just written, if that was asked for."""
+    if repo is not None:
+        from hf_reflect.hub import push_recycled
+
+        say_pushed(push_recycled(out, repo, private=private))
+
+
 def say_pushed(pushed: Any) -> None:
     """Prints where a result is on the Hub."""
     if not pushed.changed:

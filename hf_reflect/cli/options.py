@@ -131,3 +131,5 @@ Longest = Annotated[
 Similarity = Annotated[
     float | None, typer.Option(help="Guard similarity: least cosine of old and new instruction.  [default: 0.3]")
 ]
+PushToHub = Annotated[str | None, typer.Option(help="Push the result to this dataset on the Hub.", metavar="REPO")]
+Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")]

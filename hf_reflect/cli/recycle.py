@@ -9,6 +9,7 @@ import typer
 
 from hf_reflect.cli import options as opt
 from hf_reflect.cli import output
+from hf_reflect.cli.hub import push_result
 from hf_reflect.errors import HfReflectError
 
 
@@ -83,10 +84,8 @@ def recycle(
     price_in: opt.PriceIn = None,
     price_out: opt.PriceOut = None,
     pause_after: opt.PauseAfter = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Push the result to this dataset on the Hub.", metavar="REPO")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")] = False,
+    push_to_hub: opt.PushToHub = None,
+    private: opt.Private = False,
     config: Annotated[
         Path | None, typer.Option(help="A recipe.yaml whose settings apply where no option is given.")
     ] = None,
@@ -141,11 +140,7 @@ def recycle(
     }
     server = {"concurrency": concurrency, "timeout": timeout, "pause_after": pause_after or None}
     run(source, out, settings, limits, server, journal=journal, overwrite=overwrite)
-    if push_to_hub is not None:
-        from hf_reflect.cli.hub import say_pushed
-        from hf_reflect.hub import push_recycled
-
-        say_pushed(push_recycled(out, push_to_hub, private=private))
+    push_result(out, push_to_hub, private)
 
 
 def reselect(
@@ -166,6 +161,8 @@ def reselect(
         str | None,
         typer.Option(help="The dataset that was recycled, where SOURCE lacks rows.  [default: what its recipe names]"),
     ] = None,
+    push_to_hub: opt.PushToHub = None,
+    private: opt.Private = False,
     journal: opt.JournalOption = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -195,6 +192,7 @@ def reselect(
         )
     typer.echo(output.summary(recycled.summary))
     output.say_where(out)
+    push_result(out, push_to_hub, private)
 
 
 def run(

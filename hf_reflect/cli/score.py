@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hf_reflect.cli.hub import push_result
 from hf_reflect.cli.options import (
     BoundaryOption,
     By,
@@ -15,6 +16,8 @@ from hf_reflect.cli.options import (
     Name,
     Out,
     Overwrite,
+    Private,
+    PushToHub,
     Source,
     Split,
     Template,
@@ -35,6 +38,8 @@ def score(
     name: Name = None,
     split: Split = None,
     limit: Limit = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     journal: Annotated[
         Path | None, typer.Option(help="Where losses are kept.  [default: a file under HF_HOME]")
     ] = None,
@@ -69,6 +74,7 @@ def score(
     for (kind, status), count in sorted(found.statuses.items()):
         typer.echo(f"  {kind} {status}  {count}")
     say_where(out)
+    push_result(out, push_to_hub, private)
 
 
 def select(
