@@ -19,6 +19,7 @@ app = typer.Typer(
     "from.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("recycle")(recycle.recycle)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_reflect.cli import recycle, show
+from hf_reflect.cli.output import quieten_datasets
 
 
 def demo(
@@ -14,7 +15,13 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another recipe.")] = False,
 ) -> None:
     """Recycle a small sample offline, show what changed, and say where the result is."""
-    with as_file(files("hf_reflect") / "data" / "sample.jsonl") as sample:
-        recycle.run(str(sample), out, {}, overwrite=overwrite)
+    from hf_reflect.sources import Source, load_source
+
+    quieten_datasets()
+    with as_file(files("hf_reflect") / "data" / "sample.jsonl") as file:
+        loaded = load_source(file)
+    where = {**loaded.provenance, "path": "hf_reflect/data/sample.jsonl"}  # wherever it is installed
+    sample = Source(loaded.splits, where, single=False, about={"license": "apache-2.0", "language": ["en"]})
+    recycle.run(sample, out, {}, overwrite=overwrite)
     typer.echo("\nthe first row that changed:\n")
     show.show(out)

@@ -13,7 +13,9 @@ from hf_reflect.errors import HfReflectError
 
 
 app = typer.Typer(
-    help="Look at the record of everything paid for, export it, or make it smaller.", no_args_is_help=True
+    help="Look at the record of everything paid for, export it, or make it smaller.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 

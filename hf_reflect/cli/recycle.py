@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from hf_reflect.cli import output
 from hf_reflect.cli.hub import push_result
 from hf_reflect.errors import HfReflectError
 
+
+if TYPE_CHECKING:
+    from hf_reflect.sources import Source
 
 _STUDENT_OPTIONS = ("template", "boundary", "measure", "dtype", "max_length")
 _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
@@ -196,7 +199,7 @@ def reselect(
 
 
 def run(
-    source: str,
+    source: "str | Source",
     out: Path,
     settings: dict[str, Any],
     limits: dict[str, Any] | None = None,
