@@ -1,6 +1,7 @@
 """An oracle asked through the journal, on real sockets: what is tried again, what is not, what is left behind."""
 
 import asyncio
+import re
 import threading
 from dataclasses import replace
 from typing import Any
@@ -136,8 +137,68 @@ def test_a_server_that_is_gone_stops_the_run_after_the_patience_with_advice(serv
     stopped = [end for end in ends if isinstance(end, OracleError)]
     assert stopped
     assert "Is the server running?" in str(stopped[0])
-    assert "teacher" in str(stopped[0])
+    assert str(stopped[0]).startswith(f"oracle {server.url}: no connection")  # the server, not its model
     assert "\n" not in str(stopped[0])
+
+
+def test_a_server_that_only_has_errors_stops_the_run_after_the_patience(server, journal):
+    """Each might be the fault of its request; that the canary gets one too tells them apart."""
+    server.rule = FAULTS["500"]
+    ends = ask(make(server, journal, attempts=100, patience=0.3), *map(str, range(12)))
+    stopped = [end for end in ends if isinstance(end, OracleError)]
+    assert stopped
+    assert re.search(
+        rf"^oracle {re.escape(server.url)}: HTTP 500.*; nothing but failures for \d+ sec", str(stopped[0])
+    )
+    assert "Run the same command again" in str(stopped[0])
+    assert len(canaries(server)) >= 1
+
+
+def canaries(server) -> list[Call]:
+    return [call for call in server.completions if call.user == "Say OK."]
+
+
+@pytest.mark.parametrize("name", ["500", "hang", "not-json", "no-choices"])
+def test_rows_that_all_fail_by_themselves_fail_and_do_not_stop_the_run(server, journal, name):
+    """The canary is answered, so the server is well. It is a call like no other: nobody keeps what it says."""
+    server.rule = lambda call: None if call.user == "Say OK." else FAULTS[name](call)
+    oracle = make(server, journal, attempts=2, patience=0.2, timeout=0.3 if name == "hang" else 60.0)
+    ends = ask(oracle, *map(str, range(20)))
+    assert {type(end) for end in ends} == {RowFailedError}
+    assert {str(end).endswith("(attempt 2 of 2)") for end in ends} == {True}
+    assert canaries(server)
+    assert {call.body["max_tokens"] for call in canaries(server)} == {1}
+    assert (oracle.spent.calls, oracle.spent.failed_calls) == (0, 40)
+    assert list(Journal(journal).entries("reply")) == []
+    server.rule = None
+    assert ask_one(oracle).finish_reason == "stop"
+
+
+OF_SERVER = ["429", "502", "503", "reset", "reset-middle"]
+"""Any other request would have failed as well."""
+
+
+@pytest.mark.parametrize("name", OF_SERVER)
+def test_what_hits_any_request_is_not_held_against_one(server, journal, name):
+    server.rule = lambda call: FAULTS[name](call) if call.attempt <= 6 else None
+    reply = ask_one(make(server, journal, attempts=1))
+    assert reply.attempts == 7 == len(server.completions)
+
+
+@pytest.mark.parametrize("name", sorted(PASSING.keys() - {*OF_SERVER, "429-wait", "408", "504", "529"}))
+def test_what_may_be_the_requests_own_fault_is_held_against_it(server, journal, name):
+    """No reply in time too: some requests never end."""
+    server.rule = lambda call: PASSING[name](call) if call.attempt <= 1 else None
+    with pytest.raises(RowFailedError, match=r"\(attempt 1 of 1\)$"):
+        ask_one(make(server, journal, attempts=1, timeout=0.3 if name == "hang" else 60.0))
+
+
+def test_where_there_is_no_reply_in_time_fewer_are_asked_at_once(server, journal):
+    server.rule = lambda call: FAULTS["hang"](call) if call.attempt == 1 else None
+    oracle = make(server, journal, timeout=0.3)
+    replies = ask(oracle, *map(str, range(8)))
+    assert {type(reply) for reply in replies} == {Reply}
+    assert oracle.pace.allowed < 16
 
 
 # Asking once

@@ -1,7 +1,6 @@
 """What asking may cost: where a run stops asking, what it leaves, and how it goes on."""
 
 import re
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 from hf_reflect import ReflectInstruction, recycle
 from hf_reflect.cli import app
 from hf_reflect.errors import OracleError
-from hf_reflect.oracles import Reply
+from hf_reflect.oracles import Reply, Request
 from hf_reflect.oracles.pace import Limits
 from hf_reflect.oracles.purse import Purse
 
@@ -57,30 +56,98 @@ def reflections(result) -> list[dict]:
 # In numbers
 
 
+def request(*texts: str) -> Request:
+    return Request(tuple({"role": "user", "content": text} for text in texts))
+
+
+def pay(purse: Purse, read: int, written: int = 0) -> None:
+    taken = purse.pay(request("hello"), Reply("x", prompt_tokens=read, completion_tokens=written), 1.0)
+    assert taken == read + written
+
+
 def test_the_cost_is_that_of_a_million_tokens_read_and_written():
     purse = Purse(Limits(price_in=0.5, price_out=2.0))
-    purse.pay(Reply("x", prompt_tokens=3_000_000, completion_tokens=250_000), 1.0)
+    pay(purse, 3_000_000, 250_000)
     assert purse.cost == 3 * 0.5 + 0.25 * 2.0
 
 
 @pytest.mark.parametrize(("prices", "expected"), [({"price_in": 4.0}, 2.0), ({"price_out": 4.0}, 1.0), ({}, None)])
 def test_a_price_that_is_not_given_is_nothing_and_without_any_there_is_no_cost(prices, expected):
     purse = Purse(Limits(**prices))
-    purse.pay(Reply("x", prompt_tokens=500_000, completion_tokens=250_000), 1.0)
+    pay(purse, 500_000, 250_000)
     assert purse.cost == expected
 
 
-@pytest.mark.parametrize(
-    ("in_flight", "reached"),
-    [(0, False), (1, False), (2, True)],
+LIMITS = pytest.mark.parametrize(
+    "limits", [{"max_tokens_total": 800}, {"max_cost": 800.0, "price_in": 1e6}], ids=["tokens", "cost"]
 )
-def test_the_budget_is_reached_where_an_average_call_after_those_in_flight_would_exceed_it(in_flight, reached):
-    purse = Purse(Limits(max_tokens_total=600))
-    for tokens in (100, 300):  # 200 on average; 400 + 200 fit
-        purse.pay(Reply("x", prompt_tokens=tokens, completion_tokens=0), 1.0)
-    purse.limits = Limits(max_tokens_total=800)
+
+
+@LIMITS
+@pytest.mark.parametrize(("in_flight", "reached"), [(0, False), (1, False), (2, True)])
+def test_the_budget_is_reached_where_an_average_call_after_those_in_flight_would_exceed_it(limits, in_flight, reached):
+    purse = Purse(Limits(**limits))
+    for tokens in (100, 300):  # 200 on average; 400 + 2 * 200 fit
+        pay(purse, tokens)
     purse.in_flight = in_flight
     assert purse.reached is reached
+
+
+@LIMITS
+@pytest.mark.parametrize(("in_flight", "reached"), [(0, False), (1, True), (9, True)])
+def test_before_the_first_reply_one_call_is_enough(limits, in_flight, reached):
+    purse = Purse(Limits(**limits))
+    purse.in_flight = in_flight
+    assert purse.reached is reached
+    pay(purse, 1)
+    assert not purse.reached
+
+
+@pytest.mark.parametrize("in_flight", [0, 9])
+@pytest.mark.parametrize("limits", [{}, {"price_in": 1.0}])
+def test_without_a_limit_there_is_always_room(limits, in_flight):
+    purse = Purse(Limits(**limits))
+    purse.in_flight = in_flight
+    assert not purse.reached
+    pay(purse, 10**9)
+    assert not purse.reached
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens_total": 0}, {"max_cost": 0.0, "price_out": 1.0}])
+def test_a_budget_of_nothing_is_reached_from_the_start(limits):
+    assert Purse(Limits(**limits)).reached
+
+
+def test_calls_that_cost_nothing_are_never_too_many():
+    purse = Purse(Limits(max_cost=0.01, price_in=0.0, price_out=1.0))
+    for _ in range(10):
+        pay(purse, 10**9)
+    assert not purse.reached
+
+
+@pytest.mark.parametrize(
+    ("reply", "read", "written"),
+    [
+        (Reply("a" * 200), 100, 50),
+        (Reply("a" * 200, thinking="b" * 400), 100, 150),
+        (Reply("a" * 200, prompt_tokens=7), 7, 50),
+        (Reply("a" * 200, completion_tokens=7), 100, 7),
+        (Reply("a" * 200, prompt_tokens=0, completion_tokens=0), 0, 0),
+        (Reply("a" * 200, prompt_tokens=3, completion_tokens=4, thinking="b" * 400), 3, 4),
+    ],
+)
+def test_what_a_server_does_not_count_is_estimated_at_four_characters_a_token(reply, read, written):
+    """Only what it does not count: nothing at all is a count too."""
+    purse = Purse()
+    taken = purse.pay(request("s" * 100, "u" * 300), reply, 2.5)
+    assert purse.spent.prompt_tokens == pytest.approx(read, abs=1)
+    assert purse.spent.completion_tokens == pytest.approx(written, abs=1)
+    assert taken == purse.spent.tokens == purse.spent.tokens_per_call
+    assert (purse.spent.calls, purse.spent.seconds) == (1, 2.5)
+
+
+def test_the_least_call_of_a_server_that_does_not_count_is_not_free():
+    assert Purse().pay(request(""), Reply(""), 0.0) > 0
 
 
 def test_a_limit_on_the_cost_without_prices_is_refused_before_anything_is_asked(server, tmp_path):
@@ -112,6 +179,24 @@ def test_no_call_is_made_that_the_budget_does_not_allow_and_none_that_it_does_is
     assert result.summary.spent.not_asked == 2 * 20 - 12
 
 
+def test_before_the_first_reply_one_call_is_made(server, journal):
+    """The others wait for what it took, and are made at once then."""
+
+    def slow_at_first(call: Call) -> Answer:
+        first = len(server.completions) == 1
+        if not first:
+            together.append(server._at_once)
+        return replace(priced(call), delay=0.3 if first else 0.05)
+
+    together: list[int] = []
+    server.rule = slow_at_first
+    came = server.calls
+    run(server, None, journal=journal, max_tokens_total=10**6)
+    first, *others = [call.at for call in came if call.method == "POST"]
+    assert min(others) >= first + 0.3
+    assert max(together) > 4
+
+
 @pytest.mark.parametrize("read", [400, 6000])
 def test_long_calls_exceed_the_budget_by_one_at_most(server, journal, read):
     """Also at first, when nobody knows yet how long they are."""
@@ -131,19 +216,25 @@ def test_calls_of_different_lengths_stop_close_to_the_limit(server, journal):
 def test_with_nothing_to_spend_nothing_is_asked(server, journal, budget):
     result = run(server, None, journal=journal, **budget)
     assert not server.completions
+    assert result.summary.spent.not_asked == 2 * 20
     assert [row["recycled"] for row in result.dataset] == ["original"] * 20
 
 
-def test_a_budget_is_kept_also_where_the_server_does_not_count_tokens(server, journal):
+@pytest.mark.parametrize(
+    "budget", [{"max_tokens_total": 5000}, {"max_cost": 5.0, "price_in": 1000, "price_out": 1000}], ids=str
+)
+def test_a_budget_is_kept_also_where_the_server_does_not_count_tokens(server, journal, budget):
     def silent(call: Call) -> Answer:
         body = dict(completion(call).body)
         del body["usage"]
-        return Answer(body=body)
+        return Answer(body=body, delay=0.01)
 
     server.rule = silent
-    with suppress(OracleError):  # to refuse would be as good
-        run(server, None, 40, journal=journal, max_tokens_total=2000)
-    assert len(server.completions) < 40  # a prompt alone has more than fifty words
+    spent = run(server, None, 40, journal=journal, **budget).summary.spent
+    characters = [sum(len(m["content"]) for m in call.body["messages"]) for call in server.completions]
+    assert sum(characters) / 4 <= spent.prompt_tokens <= sum(characters) / 4 + len(characters)
+    assert 4000 < spent.tokens <= 5000 + max(characters) / 4 + 200
+    assert spent.not_asked == 80 - len(server.completions)
 
 
 def test_rows_that_were_not_asked_about_are_skipped_with_a_reason_and_stay_as_they_were(server, tmp_path):

@@ -103,7 +103,7 @@ def test_the_same_map_again_comes_from_the_cache_of_datasets(rows, server, journ
         {"concurrency": 2},
         {"timeout": 9.0},
         {"api_key": "sk"},
-        {"limits": Limits(attempts=9, patience=1.0, rpm=1e6, max_tokens_total=10**9)},
+        {"limits": Limits(attempts=9, patience=1.0, rpm=1e6)},
         {"prompts": "paper"},
         {"sampling": Sampling()},
         {"sampling": {"temperature": 0.0}},

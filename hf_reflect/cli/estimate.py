@@ -24,6 +24,11 @@ def estimate(
     temperature: opt.Temperature = None,
     concurrency: opt.Concurrency = None,
     timeout: opt.Timeout = None,
+    attempts: opt.Attempts = 5,
+    patience: opt.Patience = 120.0,
+    rpm: opt.Rpm = None,
+    tpm: opt.Tpm = None,
+    pause_after: opt.PauseAfter = False,
     journal: opt.JournalOption = None,
 ) -> None:
     """Run a sample of SOURCE, and say what all of it would take: calls, tokens, time and cost.
@@ -34,6 +39,7 @@ def estimate(
     """
     from hf_reflect.estimating import Range
     from hf_reflect.estimating import estimate as estimate_run
+    from hf_reflect.oracles.pace import Limits
 
     quieten_datasets()
     sampling = {"seed": seed, "max_tokens": max_tokens, "temperature": temperature}
@@ -53,6 +59,8 @@ def estimate(
             model=oracle_model,
             concurrency=concurrency,
             timeout=timeout,
+            pause_after=pause_after or None,
+            limits=Limits(attempts=attempts, patience=patience, rpm=rpm, tpm=tpm),
         )
 
     def shown(total: Range, digits: int = 0) -> str:
