@@ -307,7 +307,7 @@ def test_failures_that_may_be_the_requests_own_open_nothing_but_the_tenth_in_a_r
     subject.answered()
     assert subject.failures == 0
     assert [fail(subject, loop, **how) for _ in range(10)] == [False] * 9 + [True]
-    subject.breaks(failing(**how))
+    subject.breaks(failing(**how), 0.0)
     assert subject.broken
     assert not fail(subject, loop, throttled=True)
     assert subject.broken
@@ -631,14 +631,16 @@ def test_no_minute_has_more_tokens_than_allowed_and_none_waits_longer_than_that_
 @pytest.mark.parametrize("amount", [1000.0, 5000.0])
 def test_an_amount_as_large_as_a_minute_or_larger_waits_for_a_minute_without_any(amount):
     """Whatever the others add up to: averages are no round numbers."""
-    now, waits = 0.0, []
-    for seed in range(20):
-        chance, meter = random.Random(seed), Meter(1000, lambda: now)
+
+    def wait_after_seven(seed: int) -> float:
+        chance, now = random.Random(seed), 0.0
+        meter = Meter(1000, lambda: now)
         for _ in range(7):
             now += chance.uniform(0, 5)
             meter.take(chance.uniform(0.1, 140))
-        waits.append(meter.wait(amount))
-    assert waits == pytest.approx([60] * 20)
+        return meter.wait(amount)
+
+    assert [wait_after_seven(seed) for seed in range(20)] == pytest.approx([60] * 20)
 
 
 def test_requests_within_the_allowance_are_not_held_back():
@@ -681,7 +683,7 @@ def test_the_pace_settles_what_a_call_used(loop, ends, moments):
     subject = make(tpm=600)
 
     async def call(end: Any) -> float:
-        async with subject.turn(100) as turn:
+        async with subject.turn(lambda: 100) as turn:
             turn.failed(end) if isinstance(end, PassingError) else turn.answered(end)
             return turn.began - 1000
 
@@ -693,7 +695,7 @@ def test_who_gives_up_waiting_for_its_turn_lets_the_others_go_on(loop):
     began = []
 
     async def call() -> None:
-        async with subject.turn(1) as turn:
+        async with subject.turn(lambda: 1) as turn:
             began.append(turn.began - 1000)
 
     async def all_of_them() -> None:

@@ -21,7 +21,8 @@ from hf_reflect.oracles.base import PassingError, RowFailedError
 
 
 _PASSING = {408, 409, 424, 425, 429, 500, 502, 503, 504, 529}
-_THROTTLED = {408, 429, 503, 504, 529}
+_THROTTLED = {429, 503, 529}
+_SLOW = {408, 504}
 _GATEWAY = 502
 _ADVICE = {
     402: "Buy credits or take another oracle, then run the same command again: nothing paid for is lost.",
@@ -69,6 +70,7 @@ class Fault:
             lasting=status in _ADVICE,
             throttled=status in _THROTTLED,
             unreachable=status == _GATEWAY,
+            slow=status in _SLOW,
             retry_after=wait_in(headers or {}),
             status=status,
         )

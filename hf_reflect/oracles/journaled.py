@@ -42,6 +42,9 @@ class JournaledOracle:
         self.limits = limits or self.purse.limits
         self.spent = self.purse.spent
         self._pid = 0
+        self._pace: Pace
+        self._locks: WeakValueDictionary[str, asyncio.Lock]
+        self._finding_out = False
         self._asking: set[asyncio.Task[Any]] = set()
         self._stopped = False
 
@@ -97,7 +100,7 @@ class JournaledOracle:
                 # What would have hit any other request is not held against this one: patience ends that.
                 failures += not (error.of_server or self._pace.broken)
                 if failures >= self.limits.attempts:
-                    raise RowFailedError(f"{error} (attempt {calls} of {self.limits.attempts})") from error
+                    raise RowFailedError(f"{error} (attempt {failures} of {self.limits.attempts})") from error
                 wait = error.retry_after
             if self._pace.broken:
                 continue  # the pace says when it is worth another try
@@ -105,9 +108,7 @@ class JournaledOracle:
             await asyncio.sleep(min(_LONGEST_BACKOFF, backoff) if wait is None else wait)
 
     async def _call(self, key: str, request: Request, attempt: int) -> Reply:
-        await self._afford()
-        async with self._pace.turn(self.spent.tokens_per_call) as turn:
-            await self._afford()
+        async with self._pace.turn(lambda: self.spent.tokens_per_call, self._afford) as turn:
             self.purse.in_flight += 1
             try:
                 reply = replace(await self.oracle.complete(request), attempts=attempt)
@@ -127,17 +128,28 @@ class JournaledOracle:
     async def _find_out(self, error: PassingError) -> None:
         """Whether it is the server that fails, or only what it is asked: a question that is none can tell.
 
+        One at a time asks it, and what others were answered meanwhile tells as well.
+
         Raises:
             OracleError: patience is over.
         """
+        if self._finding_out:
+            return
+        self._finding_out, before = True, self._pace.answers
         try:
+            await self._pace.request()
+            if self._pace.answers != before:
+                return
             await self.oracle.complete(_CANARY)
         except PassingError:
-            self._pace.breaks(error)
+            if self._pace.answers == before:
+                self._pace.breaks(error, time.monotonic())
         except RowFailedError:
             self._pace.answered()
         else:
             self._pace.answered()
+        finally:
+            self._finding_out = False
 
     async def _afford(self) -> None:
         """Waits until it is clear whether the budget has room for a call.
@@ -154,6 +166,7 @@ class JournaledOracle:
     def _forget_parent_process(self) -> None:
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+            self._finding_out = False
+            self._locks = WeakValueDictionary()
             where = getattr(self.oracle, "spec", None) or self.oracle.name
             self._pace = Pace(self.oracle.concurrency, self.limits, where.partition("#")[0])

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ _BROKEN = 10
 """So many failures in a row ask for an explanation."""
 _LONGEST_PROBE = 30.0
 _MINUTE = 60.0
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,12 @@ class Meter:
         now = self._clock()
         while self._used and self._used[0].at <= now - _MINUTE:
             self._used.popleft()
-        excess = sum(use.amount for use in self._used) + min(amount, self._per_minute) - self._per_minute
+        used, room, wait = sum(use.amount for use in self._used), max(0.0, self._per_minute - amount), 0.0
         for use in self._used:
-            if excess <= 0:
+            if used <= room + _ROUNDING:
                 break
-            excess -= use.amount
-            if excess <= 0:
-                return use.at + _MINUTE - now
-        return 0.0
+            used, wait = used - use.amount, use.at + _MINUTE - now
+        return wait
 
     def take(self, amount: float) -> _Use:
         """Uses an amount now. What it turns out to be can be set in what is returned."""
@@ -105,6 +104,7 @@ class Pace:
         in_flight: Calls under way.
         broken: Whether the breaker is open.
         failures: How many calls failed since the last success.
+        answers: How many were answered in all.
     """
 
     def __init__(self, most: int, limits: Limits, name: str) -> None:
@@ -112,27 +112,32 @@ class Pace:
         self.allowed = float(min(most, _MODEST))
         self.in_flight = 0
         self.broken = False
-        self.failures = 0
+        self.failures = self.answers = 0
         self._growing_fast = True
         self._shrunk_at = 0.0
         self._paused_until = 0.0
         self._failing_since = 0.0
+        self._failed_at = self._broken_at = 0.0
+        self._probes = 0
         self._probe_after = 0.0
         self._gate = asyncio.Lock()
         self._freed = asyncio.Event()
         self._requests, self._tokens = Meter(limits.rpm), Meter(limits.tpm)
 
     @asynccontextmanager
-    async def turn(self, tokens: float) -> AsyncIterator["Turn"]:
+    async def turn(
+        self, tokens: Callable[[], float], ready: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator["Turn"]:
         """A turn for one call, once all limits admit it.
 
         Args:
-            tokens: How many tokens the call is expected to take.
+            tokens: Gives how many tokens the call is expected to take, as far as is known when it begins.
+            ready: Called whenever the call may be about to begin; what it raises gives up the turn.
         """
         async with self._gate:  # calls begin one after another, so what admits one still holds when it begins
-            await self._admit(tokens)
+            await self._admit(tokens, ready)
             self._requests.take(1)
-            use = self._tokens.take(tokens)
+            use = self._tokens.take(tokens())
             self.in_flight += 1
         try:
             yield Turn(self, time.monotonic(), use)
@@ -140,13 +145,16 @@ class Pace:
             self.in_flight -= 1
             self._freed.set()
 
-    async def _admit(self, tokens: float) -> None:
+    async def _admit(self, tokens: Callable[[], float], ready: Callable[[], Awaitable[None]] | None) -> None:
         while True:
-            while self.in_flight >= (1 if self.broken else int(self.allowed)):
+            if ready is not None:
+                await ready()
+            if self.in_flight >= (1 if self.broken else int(self.allowed)):
                 self._freed.clear()
                 await self._freed.wait()
+                continue
             open_at = max(self._paused_until, self._probe_after if self.broken else 0.0)
-            wait = max(open_at - time.monotonic(), self._requests.wait(1), self._tokens.wait(tokens))
+            wait = max(open_at - time.monotonic(), self._requests.wait(1), self._tokens.wait(tokens()))
             if wait <= 0:
                 return
             await asyncio.sleep(wait + random.uniform(0, 0.02))
@@ -156,6 +164,7 @@ class Pace:
         if self.broken:
             self.broken, self.allowed = False, min(self.allowed, _MODEST)
         self.failures = 0
+        self.answers += 1
         self.allowed = min(self.most, self.allowed + (1.0 if self._growing_fast else 1.0 / self.allowed))
 
     def failed(self, error: PassingError, began: float) -> bool:
@@ -173,7 +182,9 @@ class Pace:
             OracleError: patience is over.
         """
         now = time.monotonic()
-        self._failing_since = now if self.failures == 0 else self._failing_since
+        if self.failures == 0 or began - self._failed_at > max(self.limits.patience, _MINUTE):
+            self.failures, self._failing_since = 0, now  # patience does not run while nothing is asked
+        self._failed_at = now
         self.failures += 1
         if error.throttled or error.slow:
             self._growing_fast = False
@@ -184,22 +195,41 @@ class Pace:
                 raise self._stop(error, f"it asks to wait {error.retry_after:.0f} seconds")
             if error.throttled:
                 self._paused_until = max(self._paused_until, now + error.retry_after)
+        if error.of_server:
+            self._check_patience(error)
         if self.broken or (self.failures >= _BROKEN and error.of_server):
-            self.breaks(error)
-        return not self.broken and self.failures >= _BROKEN
+            self.breaks(error, began)
+        return self.failures >= _BROKEN and not error.of_server
 
-    def breaks(self, error: PassingError) -> None:
+    async def request(self) -> None:
+        """Takes a request out of turn, once those per minute admit it."""
+        while (wait := self._requests.wait(1)) > 0:
+            await asyncio.sleep(wait)
+        self._requests.take(1)
+
+    def breaks(self, error: PassingError, began: float) -> None:
         """Opens the breaker, or keeps it open.
+
+        Args:
+            error: How the call failed.
+            began: When it began: only those that began after the breaker opened are probes.
 
         Raises:
             OracleError: patience is over.
         """
         now = time.monotonic()
-        self.broken = True
-        if now - self._failing_since >= self.limits.patience:
-            raise self._stop(error, f"nothing but failures for {now - self._failing_since:.0f} seconds")
-        probe = min(_LONGEST_PROBE, 0.5 * 2.0 ** min(self.failures - _BROKEN, 10))
+        if not self.broken:
+            self.broken, self._broken_at, self._probes = True, now, 0
+        elif began >= self._broken_at:
+            self._probes += 1
+        self._check_patience(error)
+        probe = min(_LONGEST_PROBE, 0.5 * 2.0 ** min(self._probes, 10))
         self._probe_after = min(now + probe, max(now, self._failing_since + self.limits.patience))
+
+    def _check_patience(self, error: PassingError) -> None:
+        failing = time.monotonic() - self._failing_since
+        if failing >= self.limits.patience:
+            raise self._stop(error, f"nothing but failures for {failing:.0f} seconds")
 
     def _stop(self, error: PassingError, why: str) -> OracleError:
         advice = error.advice or "Run the same command again to go on: nothing paid for is lost."
