@@ -19,6 +19,7 @@ SCORE = {
     "direct_tokens": 3,
 }
 CALL = {"part": "user", "text": "Hm.", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 2}
+CALL |= {"thinking": None, "attempts": 1}
 REFLECTION = {
     "status": "ok",
     "reason": None,

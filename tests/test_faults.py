@@ -152,7 +152,8 @@ class TestExceptions:
     def test_a_reply_that_is_late_may_come_the_next_time_if_less_is_asked(self, late):
         error = failure(late, "http://here/v1")
         assert isinstance(error, PassingError)
-        assert error.throttled
+        assert error.slow
+        assert not error.of_server
 
     def test_a_server_that_can_not_be_reached_may_come_back_and_the_advice_is_to_look(self):
         error = failure(ConnectionRefusedError("refused"), "http://here/v1")

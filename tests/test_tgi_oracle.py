@@ -465,20 +465,22 @@ PASSING: dict[str, Answer] = {
 
 def test_what_may_pass_is_tried_again_through_the_journal(server, journal):
     names = {chat_ml(request(name).messages): name for name in PASSING}
-    server.rule = lambda call: PASSING[names[call.body["inputs"]]] if call.attempt == 1 else None
+    server.rule = lambda call: PASSING.get(names.get(call.body["inputs"])) if call.attempt == 1 else None
     oracle = ask_patiently(server, journal, *map(request, PASSING))
     outcomes = dict(zip(PASSING, (getattr(r, "finish_reason", r) for r in oracle.replies), strict=True))
     assert outcomes == dict.fromkeys(PASSING, "stop")
     assert [reply.attempts for reply in oracle.replies] == [2] * len(PASSING)
-    assert len(server.generations) == 2 * len(PASSING)
+    canaries = [call for call in server.generations if call.body["inputs"] not in names]
+    assert len(server.generations) - len(canaries) == 2 * len(PASSING)
+    assert len(canaries) <= 1  # so many failures in a row ask for an explanation
     assert oracle.spent.failed_calls == len(PASSING)
 
 
 def test_a_row_fails_with_the_words_of_the_server_when_the_last_attempt_does(server, journal):
-    server.rule = lambda call: tgi_error(*TGI_ERRORS["overloaded"], "overloaded")
+    server.rule = lambda call: tgi_error(*TGI_ERRORS["generation"], "generation")
     (reply,) = ask_patiently(server, journal, attempts=2).replies
     assert isinstance(reply, RowFailedError)
-    assert "Model is overloaded" in str(reply)
+    assert "GenerationError" in str(reply)
     assert "attempt 2 of 2" in str(reply)
 
 
