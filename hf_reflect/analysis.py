@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_reflect import __version__
 from hf_reflect.cards import render_plain_card
+from hf_reflect.columns import features
 from hf_reflect.errors import SourceError
 from hf_reflect.loading import load_recycled
 from hf_reflect.output import OutputFolder
 from hf_reflect.recipe import TaskRecipe
-from hf_reflect.selection import Candidate, Keep, Recycled, choose, keep
+from hf_reflect.selection import Candidate, Keep, Recycled, check, choose, keep
 from hf_reflect.student import ratio
 
 
@@ -77,6 +78,7 @@ def select_from_analysis(
     """
     from datasets import Dataset
 
+    check("keep", policy, Keep)
     splits = load_recycled(str(analysis)) if isinstance(analysis, str | Path) else analysis
     missing = [split for split in SPLITS if split not in splits]
     if missing:
@@ -84,6 +86,8 @@ def select_from_analysis(
     lengths = {len(splits[split]) for split in SPLITS}
     if len(lengths) > 1:
         raise SourceError(f"{analysis}: its splits have different numbers of rows.")
+    if any("data" not in splits[split].column_names for split in SPLITS):
+        raise SourceError(f"{analysis}: no analysis dataset: a split lacks the column data.")
     losses = {split: splits[split]["data"] for split in SPLITS}
     recycled: Counter[str] = Counter()
     rows, not_scored = [], 0
@@ -96,7 +100,8 @@ def select_from_analysis(
             rows.append({"row_id": i, "recycled": what, "ifd": ifd, "rifd": rifd})
     if not rows:
         raise SourceError(f"{analysis}: no row is kept.")
-    made = Analysed(sum(recycled.values()), len(rows), dict(recycled), not_scored, Dataset.from_list(rows))
+    kept = Dataset.from_list(rows, features=features(("row_id", "recycled", "ifd", "rifd")))
+    made = Analysed(sum(recycled.values()), len(rows), dict(recycled), not_scored, kept)
     if output is not None:
         _write(made, analysis, policy, output, overwrite)
     return made
@@ -107,6 +112,8 @@ Scores = tuple[float | None, float | None]
 
 
 def _scores(data: Mapping[str, Sequence[float]] | None) -> Scores:
+    if not isinstance(data, Mapping | None):
+        raise SourceError(f"an analysis has losses in its column data, not {type(data).__name__}.")
     losses = list((data or {}).get("loss") or ())
     if len(losses) != 4 or any(loss is None or loss != loss for loss in losses):
         return None, None

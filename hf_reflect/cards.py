@@ -11,7 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hf_reflect.errors import CardError
 from hf_reflect.output import DataFiles
+from hf_reflect.pairs import RowFormat, TextColumns, recognise
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import FILE, Recipe
 from hf_reflect.summary import Summary, final_pair
@@ -119,29 +121,42 @@ class CardData:
     @property
     def examples(self) -> list[dict[str, Any]]:
         """The first row of each way a row can end, before and after."""
-        chosen = [(name, self.summary.examples[name]) for name in _EXAMPLES if name in self.summary.examples]
+        chosen = [(name, self.summary.examples[name][1]) for name in _EXAMPLES if name in self.summary.examples]
         return [_example(name, row) for name, row in chosen]
 
     @property
     def columns_for_training(self) -> dict[str, str] | None:
         """What LLaMA-Factory calls the columns; null for conversations, which it takes as ShareGPT."""
-        maps = {
-            ("instruction", "output"): {"prompt": "instruction", "query": "input", "response": "output"},
-            ("prompt", "completion"): {"prompt": "prompt", "response": "completion"},
-        }
-        for needed, names in maps.items():
-            if set(needed) <= set(self.summary.columns):
-                return {key: name for key, name in names.items() if name in self.summary.columns}
-        return None
+        if not isinstance(format := self._format, TextColumns):
+            return None
+        names = {"prompt": format.instruction, "query": format.input, "response": format.response}
+        return {key: name for key, name in names.items() if name}
+
+    @property
+    def _format(self) -> RowFormat:
+        return recognise(self.summary.columns or ("instruction", "output"))
+
+    @property
+    def split(self) -> str:
+        """The split that snippets show."""
+        splits = list(self.data_files.get("default", {}))
+        return "train" if "train" in splits or not splits else splits[0]
+
+    @property
+    def trl_takes(self) -> bool:
+        """Whether TRL trains on the columns as they are."""
+        return self._format.name in ("messages", "prompt-completion")
 
     @property
     def llama_factory(self) -> str:
         """An entry of LLaMA-Factory's `dataset_info.json`."""
         entry: dict[str, Any] = {"hf_hub_url": self.location}
+        if self.split != "train":
+            entry["split"] = self.split
         if (columns := self.columns_for_training) is not None:
             entry["columns"] = columns
         else:
-            openai = "messages" in self.summary.columns
+            openai = self._format.name == "messages"
             entry |= {"formatting": "sharegpt", "columns": {"messages": "messages" if openai else "conversations"}}
             if openai:
                 tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -155,6 +170,9 @@ def render_card(data: CardData, template: str | None = None) -> str:
     Args:
         data: All that it says.
         template: The text of another Jinja template; it gets `card` and `summary`.
+
+    Raises:
+        CardError: that template is broken.
     """
     summary = data.summary
     facts = {
@@ -168,10 +186,17 @@ def render_card(data: CardData, template: str | None = None) -> str:
         "reasons": sorted(summary.reasons.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS],
         "means": [(quantity, *pair) for quantity, pair in means_table(summary)],
         "configs": [(name, what) for name, what in _CONFIGS.items() if name in {*data.data_files, *data.beside}],
-        "split": next(iter(data.data_files.get("default", {})), "train"),
+        "split": data.split,
         "file": FILE,
     }
-    return _render(template or _template(TEMPLATE), **facts)
+    if template is None:
+        return _render(_template(TEMPLATE), **facts)
+    from jinja2 import TemplateError
+
+    try:
+        return _render(template, **facts)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CardError(f"card template: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def render_plain_card(title: str, data_files: DataFiles, rows: int, location: str, settings: Mapping[str, Any]) -> str:
@@ -220,19 +245,21 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def literal(text: str) -> str:
     """A text as a Python string literal on one line."""
-    return json.dumps(text, ensure_ascii=False)
+    written = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in written)
 
 
 def word(text: str) -> str:
-    """A text as one word of a shell's command line."""
+    """A text as one word of a shell's command line, which is no option."""
     import shlex
 
-    return shlex.quote(" ".join(str(text).split()))
+    flat = _plain(text)
+    return shlex.quote(f"./{flat}" if flat.startswith("-") else flat)
 
 
 def bibtex(text: str) -> str:
     """A text that can stand in a BibTeX field inside a code block."""
-    return re.sub(r"[{}\\`\s]+", " ", str(text)).strip()
+    return " ".join(re.sub(r"[{}\\`]+", " ", _plain(text)).split())
 
 
 def indented(text: str) -> str:
@@ -243,8 +270,13 @@ def indented(text: str) -> str:
 
 def cell(text: Any) -> str:
     """A text that can stand in a Markdown table or heading and changes nothing around it."""
-    flat = " ".join(str(text).split())
+    flat = _clipped(_plain(text))
     return re.sub(r"([\\`*_{}\[\]<>|#&~$!])", lambda match: f"&#{ord(match[1])};", flat)
+
+
+def _plain(text: Any) -> str:
+    """A text on one line, without anything that steers a terminal or a page."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def means_table(summary: Summary) -> list[tuple[str, tuple[str, str]]]:

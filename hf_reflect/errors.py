@@ -33,6 +33,10 @@ class RecipeError(HfReflectError):
     """The recipe is contradictory or names an unknown option."""
 
 
+class CardError(HfReflectError):
+    """A card can't be written."""
+
+
 class HubError(HfReflectError):
     """Something can't be pushed to the Hub or had from it."""
 

@@ -44,19 +44,24 @@ def write_preference(folder: Path, target: Path) -> dict[str, str]:
     """
     import pyarrow.parquet as pq
 
-    made = {}
+    found = {}
     for file in sorted((folder / "reflections").glob("*.parquet")):
-        batches = pq.ParquetFile(file).iter_batches
-        rows = (row for batch in batches(_BATCH) for row in batch.to_pylist() if _replaced(row))
-        pairs = [_preference(row) for row in rows]
+        batches = pq.ParquetFile(file).iter_batches(_BATCH)
+        pairs = [_preference(row) for batch in batches for row in batch.to_pylist() if _replaced(row)]
         if pairs:
-            as_turns = any(len(pair["prompt"]) > 1 for pair in pairs)
-            table = pa.Table.from_pylist([pair if as_turns else _flat(pair) for pair in pairs], _PREFERENCE[as_turns])
-            split = file.name.split("-")[0]
-            made[split] = _write(table, target, "preference", split)
-    if not made:
+            found[file.name.split("-")[0]] = pairs
+    if not found:
         raise HubError(f"{folder}: the student replaced no response, so there is no pair to prefer one of.")
-    return made
+    as_turns = any(len(pair["prompt"]) > 1 for pairs in found.values() for pair in pairs)
+    return {
+        split: _write(
+            pa.Table.from_pylist([pair if as_turns else _flat(pair) for pair in pairs], _PREFERENCE[as_turns]),
+            target,
+            "preference",
+            split,
+        )
+        for split, pairs in found.items()
+    }
 
 
 def write_selected(folder: Path, target: Path, share: float) -> dict[str, str]:

@@ -258,7 +258,7 @@ def advice(fault: Fault) -> str:
 
 def _names(card: str | None) -> set[str]:
     """The configs that an existing card lists."""
-    configs = split(card or "")[0].get("configs")
+    configs = (split(card or "")[0] or {}).get("configs")
     listed = configs if isinstance(configs, list) else ()
     return {str(config.get("config_name")) for config in listed if isinstance(config, dict)}
 
@@ -266,7 +266,7 @@ def _names(card: str | None) -> set[str]:
 def _listed(card: str | None, names: set[str]) -> set[str]:
     """The data files that an existing card lists for some configs."""
     found: set[str] = set()
-    for config in split(card or "")[0].get("configs") or ():
+    for config in (split(card or "")[0] or {}).get("configs") or ():
         if isinstance(config, dict) and config.get("config_name") in names:
             files = config.get("data_files")
             found |= {file["path"] for file in files if isinstance(file, dict)} if isinstance(files, list) else set()

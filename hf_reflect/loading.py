@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_reflect.errors import HubError, RecipeError
-from hf_reflect.hub import advice, hub_api
+from hf_reflect.hub import hub_api
 from hf_reflect.merging import split as split_card
-from hf_reflect.oracles.faults import read_fault
+from hf_reflect.oracles.faults import Fault, read_fault
 from hf_reflect.recipe import FILE, Recipe
 
 
@@ -63,13 +63,22 @@ def load_recycled(
     given = {key: value for key, value in given.items() if value is not None}
     try:
         return load_dataset(location, config, streaming=streaming, **given)
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise HubError(f"{name}: {' '.join(str(error).split())}") from error
     except Exception as error:
         fault = read_fault(error)
         if fault is None:
             raise
         raise HubError(f"{name}: {fault.message}. {advice(fault)}") from error
+
+
+def advice(fault: Fault) -> str:
+    """What a person can do where something can't be had from the Hub."""
+    if fault.status in (401, 403):
+        return "It is private or gated: log in with `hf auth login`, and ask for access."
+    if fault.status == 404:
+        return "There is no such dataset or revision, or you may not see it."
+    return "Is the Hub reachable? Try again."
 
 
 def resolve(name: str) -> str:
@@ -200,7 +209,7 @@ def info(name: str, revision: str | None = None) -> Info:
     except RecipeError:
         recipe = None
     metadata, body = split_card(files["README.md"].read_text("utf-8")) if "README.md" in files else ({}, "")
-    return Info(location, commit, recipe, metadata, body)
+    return Info(location, commit, recipe, metadata or {}, body)
 
 
 def _fetch(location: str, revision: str | None) -> tuple[str | None, dict[str, Path]]:

@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
-_HEADING = re.compile(r"^(?=#{1,2} )", re.MULTILINE)
+_HEADING = re.compile(r"#{1,2} ")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_MARK = re.compile(r"\n*<!-- hf_reflect (\{.*?\}) -->\s*\Z")
-_FENCE = re.compile(r"^(```|~~~)", re.MULTILINE)
+_MARK = re.compile(r"^<!-- hf_reflect (\{.*\}) -->[ \t]*(?:\n|\Z)", re.MULTILINE)
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 
 
 def sign(card: str) -> str:
     """A generated card with its fingerprints at the end."""
     metadata, body = split(card)
     marks = {
-        "keys": {key: _fingerprint(value) for key, value in metadata.items() if key != "configs"},
+        "keys": {key: _fingerprint(value) for key, value in (metadata or {}).items() if key != "configs"},
         "sections": {title: _fingerprint(text) for title, text in sections(body).items()},
     }
     return f"{card.rstrip()}\n\n<!-- hf_reflect {json.dumps(marks, separators=(',', ':'))} -->\n"
@@ -39,42 +39,62 @@ def merge(new: str, existing: str | None, gone: frozenset[str] = frozenset()) ->
     """
     if existing is None:
         return new
+    existing = existing.removeprefix("\ufeff").replace("\r\n", "\n")
     marks = _marks(existing)
-    new_metadata, new_body = split(_MARK.sub("\n", new))
-    old_metadata, old_body = split(_MARK.sub("\n", existing))
-    metadata = _merge_metadata(new_metadata, old_metadata, marks["keys"], gone)
+    new_metadata, new_body = split(_unmarked(new))
+    old_metadata, old_body = split(_unmarked(existing))
+    if old_metadata is None:  # it can't be read, so nobody can have meant it
+        metadata = new_metadata or {}
+    else:
+        metadata = _merge_metadata(new_metadata or {}, old_metadata, marks["keys"], gone)
     body = _merge_body(sections(new_body), sections(old_body), marks["sections"]) if marks["sections"] else old_body
-    mark = _MARK.search(new)
+    mark = _last_mark(new)
     return f"---\n{_dump(metadata)}---\n{body.rstrip()}\n\n{mark[0].strip() if mark else ''}".rstrip() + "\n"
 
 
-def split(card: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body of a card. Metadata that can't be read is none."""
+def split(card: str) -> tuple[dict[str, Any] | None, str]:
+    """Metadata and body of a card; the metadata are null where they can't be read."""
     import yaml
 
     front = _FRONT.match(card)
     if front is None:
         return {}, card
+    body = card[front.end() :]
     try:
         metadata = yaml.safe_load(front[1])
-    except yaml.YAMLError:
-        metadata = None
-    return (dict(metadata) if isinstance(metadata, Mapping) else {}), card[front.end() :]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None, body
+    if metadata is None:
+        return {}, body
+    return (dict(metadata) if isinstance(metadata, Mapping) else None), body
 
 
 def sections(body: str) -> dict[str, str]:
     """The sections of a body by heading, what precedes the first under an empty one. Headings in code don't count."""
     found: dict[str, str] = {}
-    for part in _HEADING.split(body):
-        if found and len(_FENCE.findall("".join(found.values()))) % 2:
-            last = next(reversed(found))
-            found[last] += part  # the heading stands in an open code block
-            continue
-        title = part.partition("\n")[0].strip() if part.startswith("#") else ""
-        while title in found:
-            title += " "
-        found[title] = part
+    title, fence = "", ""
+    for line in body.splitlines(keepends=True):
+        marked = _FENCE.match(line.rstrip("\n"))
+        if fence:
+            closes = marked and marked[1].startswith(fence) and not marked[2].strip()
+            fence = "" if closes else fence
+        elif marked and not (marked[1][0] == "`" and "`" in marked[2]):
+            fence = marked[1]
+        elif _HEADING.match(line):
+            title = line.strip()
+            while title in found:
+                title += " "
+        found[title] = found.get(title, "") + line
     return found
+
+
+def _last_mark(card: str) -> re.Match[str] | None:
+    return next(reversed(list(_MARK.finditer(card))), None)
+
+
+def _unmarked(card: str) -> str:
+    """A card without fingerprints; what somebody wrote behind them stays."""
+    return _MARK.sub("", card)
 
 
 def _merge_metadata(
@@ -119,7 +139,7 @@ def _merge_body(new: Mapping[str, str], old: Mapping[str, str], marks: Mapping[s
 
 
 def _marks(card: str) -> dict[str, dict[str, str]]:
-    mark = _MARK.search(card)
+    mark = _last_mark(card)
     try:
         found = json.loads(mark[1]) if mark else {}
     except ValueError:

@@ -97,14 +97,14 @@ class OutputFolder:
     def _end_files(self) -> DataFiles:
         # Names end in a hash of the content: `datasets` caches a local folder by what its card says of the files, not
         # by the files, so the cards of two results must not say the same.
-        files: DataFiles = {}
-        for (config, split), writer in self._writers.items():
+        files: DataFiles = {config: {} for config in FOLDERS}
+        for (config, split), writer in sorted(self._writers.items()):
             writer.close()
             file = self._staging / FOLDERS[config] / f"{split}.parquet"
             name = f"{split}-00000-of-00001-{content_hash(file)[:16]}.parquet"
             file.rename(file.with_name(name))
-            files.setdefault(config, {})[split] = f"{FOLDERS[config]}/{name}"
-        return files
+            files[config][split] = f"{FOLDERS[config]}/{name}"
+        return {config: splits for config, splits in files.items() if splits}
 
     def discard(self) -> None:
         """Forgets what was collected; an existing folder stays as it is."""

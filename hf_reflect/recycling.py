@@ -303,7 +303,7 @@ def _run(
     slow = {step.title: step.transform for step in steps if step.slow}
     with bars(slow, sum(map(len, splits.values())), shown=progress, note=summary.purse.describe):
         for (split, _), (default, reflections) in zip(shards, _in_flight(work, shards, stop), strict=True):
-            summary.add(reflections)
+            summary.add(reflections, split)
             summary.kept += len(default)
             summary.columns = default.column_names
             for config, rows in (("default", default), ("reflections", reflections)):

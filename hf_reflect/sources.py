@@ -100,6 +100,7 @@ def check_columns(columns: list[str]) -> RowFormat:
 
 
 def _load(source: str | Path, name: str | None) -> tuple[Any, dict[str, Any]]:
+    import yaml
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
@@ -123,7 +124,16 @@ def _load(source: str | Path, name: str | None) -> tuple[Any, dict[str, Any]]:
             raise SourceError(f"{source}: there is no such file or folder.")
         loaded = load_dataset(str(source), name)
         return loaded, {"path": str(source), "name": name, "revision": _revision(loaded)}
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
+    except (
+        DatasetsError,
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        StopIteration,
+        yaml.YAMLError,
+    ) as error:
         raise SourceError(f"{source}: can't be read: {_first_line(error)}") from error
 
 
@@ -132,6 +142,7 @@ _ABOUT = ("license", "license_name", "license_link", "language", "pretty_name", 
 
 def _about(source: str) -> dict[str, Any]:
     """What the card of a folder or of a dataset on the Hub says; nothing where there is no card to be had."""
+    import yaml
     from huggingface_hub import DatasetCard
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -141,8 +152,12 @@ def _about(source: str) -> dict[str, Any]:
         return {}
     try:
         said = DatasetCard.load(card or source, ignore_metadata_errors=True).data.to_dict()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return {}
+    languages = said.get("language")
+    if languages is not None:  # YAML takes Norwegian for a negation
+        listed = languages if isinstance(languages, list) else [languages]
+        said["language"] = ["no" if language is False else language for language in listed]
     return {key: said[key] for key in _ABOUT if said.get(key)}
 
 

@@ -73,7 +73,7 @@ class Summary:
         decisions: Decisions by phase and reason.
         means: Means before and after, by quantity. Lengths are in characters where they don't say tokens.
         reasons: Why reflections gave no rewrite, by phase, status and reason.
-        examples: The first row of each way a row can end, by what became of it.
+        examples: The first row of each way a row can end, with its split, by what became of it.
         asked: What the oracles' replies took.
         columns: The columns of config `default`.
         ifd_at_least_one: Rows of the source with an IFD of 1 or more.
@@ -88,7 +88,7 @@ class Summary:
     means: dict[tuple[str, str], Mean] = field(default_factory=dict)
     ifd_at_least_one: int = 0
     reasons: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    examples: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     asked: Asked = field(default_factory=Asked)
     columns: list[str] = field(default_factory=list)
     purse: Purse = field(default_factory=Purse)
@@ -101,7 +101,7 @@ class Summary:
         summary = cls()
         for file in sorted((folder / "reflections").glob("*.parquet")):
             for batch in pq.ParquetFile(file).iter_batches(_BATCH):
-                summary.add(batch.to_pylist())
+                summary.add(batch.to_pylist(), file.name.split("-")[0])
         for file in sorted((folder / "data").glob("*.parquet")):
             summary.kept += pq.read_metadata(file).num_rows
             summary.columns = pq.read_schema(file).names
@@ -112,7 +112,7 @@ class Summary:
         """What this process paid for."""
         return self.purse.spent
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, rows: Iterable[Mapping[str, Any]], split: str = "") -> None:
         """Takes rows of config `reflections` into account."""
         for row in rows:
             self.rows += 1
@@ -123,7 +123,10 @@ class Summary:
                 self.decisions[phase, row[f"{phase}_decision"]["reason"]] += 1
             if row["original"] is not None:
                 self._compare(row)
-                self.examples.setdefault(_ending(row), row)
+                # The first of the first split by name, in whatever order splits come.
+                known = self.examples.get(_ending(row))
+                if known is None or split < known[0]:
+                    self.examples[_ending(row)] = (split, row)
 
     def _reflection(self, phase: str, reflection: Mapping[str, Any]) -> None:
         status, reason = reflection["status"], reflection.get("reason")
