@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_reflect.errors import CardError
-from hf_reflect.output import DataFiles
+from hf_reflect.output import DataFiles, split_order
 from hf_reflect.pairs import RowFormat, TextColumns, recognise
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import FILE, Recipe
@@ -65,7 +65,7 @@ class CardData:
         recipe = Recipe.read(path)
         found: DataFiles = {}
         for config, name in (("default", "data"), ("reflections", "reflections")):
-            for file in sorted((path / name).glob("*.parquet")):
+            for file in sorted((path / name).glob("*.parquet"), key=lambda file: split_order(file.name.split("-")[0])):
                 found.setdefault(config, {})[file.name.split("-")[0]] = f"{name}/{file.name}"
         return cls(recipe, Summary.of_folder(path), found, path.resolve().name, location or str(folder))
 
@@ -161,7 +161,7 @@ class CardData:
             if openai:
                 tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
                 entry["tags"] = tags
-        return json.dumps({_key(self.title): entry}, indent=2, ensure_ascii=False)
+        return _escaped(json.dumps({_key(self.title): entry}, indent=2, ensure_ascii=False))
 
 
 def render_card(data: CardData, template: str | None = None) -> str:
@@ -245,8 +245,12 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def literal(text: str) -> str:
     """A text as a Python string literal on one line."""
-    written = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in written)
+    return _escaped(json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(written: str) -> str:
+    """JSON in which what can't be seen is spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in written)
 
 
 def word(text: str) -> str:

@@ -3,8 +3,9 @@
 import random
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ from hf_reflect.cards import README, CardData, render_card, render_plain_card
 from hf_reflect.errors import HfReflectError, HubError
 from hf_reflect.extras import EXTRAS, write_preference, write_selected
 from hf_reflect.merging import merge, sign, split
-from hf_reflect.oracles.faults import Fault, read_fault
+from hf_reflect.oracles.faults import Fault, read_fault, redact
 from hf_reflect.output import FOLDERS, DataFiles
 from hf_reflect.recipe import FILE, TaskRecipe, read_task
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ATTEMPTS = 8
+_FORBIDDEN = 403
+_LONGEST_REASON = 300
 _LONGEST_WAIT = 60.0
 _COMPARED_AT_ONCE = 1000
 
@@ -81,12 +84,12 @@ def push_recycled(
     Raises:
         HfReflectError: it can't be pushed, or what arrived is not what was sent; the message says what to do.
     """
-    path = Path(folder)
+    path, secrets = Path(folder), _secrets(token)
     with tempfile.TemporaryDirectory(prefix="hf_reflect-push-") as extra:
         bundle = _bundle(path, Path(extra), repo_id, preference, selected, template)
-        target = _Target(hub_api(token), repo_id, create_pr, revision, overwrite)
+        target = _Target(hub_api(token), repo_id, create_pr, revision, overwrite, secrets)
         pushed = target.push(bundle, private, message or f"Recycled with hf_reflect {__version__}")
-        _compare(bundle, pushed, token)
+        target.patiently(lambda: _compare(bundle, pushed, token), pushed)
     return pushed
 
 
@@ -122,6 +125,9 @@ def _bundle(
     if (task := read_task(folder)) is not None:
         return _plain_bundle(folder, location, task)
     data = CardData.of_folder(folder, location)
+    for config in FOLDERS:
+        if not data.data_files.get(config):
+            raise HubError(f"{folder}: its files of config {config} are gone; make it again, which costs nothing.")
     files = {path: folder / path for splits in data.data_files.values() for path in splits.values()}
     files[FILE] = folder / FILE
     files |= {file.name: file for file in folder.glob("*.png")}
@@ -156,34 +162,49 @@ def _plain_bundle(folder: Path, location: str, task: TaskRecipe) -> _Bundle:
 class _Target:
     """A dataset repository, as a place to push to."""
 
-    def __init__(self, api: "HfApi", repo_id: str, create_pr: bool, revision: str | None, overwrite: bool) -> None:
+    def __init__(
+        self,
+        api: "HfApi",
+        repo_id: str,
+        create_pr: bool,
+        revision: str | None,
+        overwrite: bool,
+        secrets: Sequence[str],
+    ) -> None:
         self._api, self.repo_id, self._create_pr = api, repo_id, create_pr
-        self._revision, self._overwrite = revision, overwrite
+        self._revision, self._overwrite, self._secrets = revision, overwrite, secrets
+        self._found: str | None = None
+        self._asked_before = False
         _check_name(repo_id)
 
     def push(self, bundle: _Bundle, private: bool, message: str) -> Pushed:
-        self._patiently(lambda: self._api.create_repo(
+        self.patiently(lambda: self._api.create_repo(
             self.repo_id, repo_type="dataset", private=private or None, exist_ok=True
         ))  # fmt: skip
-        if self._revision and not self._create_pr:
-            self._patiently(lambda: self._api.create_branch(
+        if self._revision and not self._create_pr and not self._revision.startswith("refs/"):
+            self.patiently(lambda: self._api.create_branch(
                 self.repo_id, branch=str(self._revision), repo_type="dataset", exist_ok=True
             ))  # fmt: skip
-        return self._patiently(lambda: self._commit(bundle, message))
+        return self.patiently(lambda: self._commit(bundle, message))
 
     def _commit(self, bundle: _Bundle, message: str) -> Pushed:
         """One attempt: looks at what is there, and commits on top of just that."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         info = self._api.dataset_info(self.repo_id, revision=self._revision)
+        self._found = self._found or info.sha
+        if self._create_pr and (opened := self._opened(message)) is not None:
+            return opened  # the answer to an earlier attempt was lost
         there = {sibling.rfilename for sibling in info.siblings or ()}
         existing = self._read(README, info.sha) if README in there else None
         same = self._check_recipe(bundle, there, info.sha)
         # What was made on demand from another result says nothing true of this one.
-        gone = frozenset() if same else frozenset(EXTRAS)
+        kept = same and _listed(existing, set(FOLDERS)) <= set(bundle.files)
+        gone = frozenset[str]() if kept else frozenset(EXTRAS)
         card = merge(bundle.card(_names(existing) & set(EXTRAS) - gone), existing, gone)
-        stale = _listed(existing, {*FOLDERS, *bundle.data_files, *gone}) - set(bundle.files)
-        operations: list[Any] = [CommitOperationDelete(path) for path in sorted(stale & there)]
+        patterns = _listed(existing, {*FOLDERS, *bundle.data_files, *gone})
+        stale = {path for path in there for pattern in patterns if fnmatch(path, pattern)} - set(bundle.files)
+        operations: list[Any] = [CommitOperationDelete(path) for path in sorted(stale)]
         operations += [CommitOperationAdd(path, str(file)) for path, file in sorted(bundle.files.items())]
         operations.append(CommitOperationAdd(README, card.encode()))
         commit = self._api.create_commit(
@@ -195,9 +216,19 @@ class _Target:
             parent_commit=info.sha,
             create_pr=self._create_pr,
         )
-        changed = commit.oid != info.sha
         url = commit.pr_url or f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{commit.oid}"
-        return Pushed(self.repo_id, url, commit.oid, changed)
+        return Pushed(self.repo_id, url, commit.oid, commit.oid != self._found)
+
+    def _opened(self, message: str) -> Pushed | None:
+        """The pull request that an earlier attempt of this push opened, if one did."""
+        if not self._asked_before:
+            self._asked_before = True
+            return None
+        for discussion in self._api.get_repo_discussions(self.repo_id, repo_type="dataset"):
+            if discussion.is_pull_request and discussion.status == "open" and discussion.title == message:
+                info = self._api.dataset_info(self.repo_id, revision=discussion.git_reference)
+                return Pushed(self.repo_id, discussion.url, str(info.sha), True)
+        return None
 
     def _check_recipe(self, bundle: _Bundle, there: set[str], revision: str | None) -> bool:
         """Whether what is there was made by the same recipe; refuses to replace anything else unasked."""
@@ -219,8 +250,16 @@ class _Target:
         file = self._api.hf_hub_download(self.repo_id, path, repo_type="dataset", revision=revision)
         return Path(file).read_text("utf-8")
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """Does something, and does it again while what prevents it may pass."""
+    def patiently(self, action: Callable[[], T], pushed: Pushed | None = None) -> T:
+        """Does something, and does it again while what prevents it may pass.
+
+        Args:
+            action: What to do.
+            pushed: What was pushed before, if that is done.
+
+        Raises:
+            HubError: it can't be done.
+        """
         attempt = 0
         while True:
             attempt += 1
@@ -229,13 +268,42 @@ class _Target:
             except HfReflectError:
                 raise
             except Exception as error:
-                fault = read_fault(error)
+                fault = _read_fault(error, self._secrets)
                 if fault is None:
                     raise
                 if attempt == _ATTEMPTS or not may_pass(fault):
-                    raise HubError(f"{self.repo_id}: {fault.message}. {advice(fault)}") from error
+                    what = f"{self.repo_id}: {fault.message}. "
+                    if pushed is None:
+                        raise HubError(what + advice(fault)) from error
+                    raise HubError(
+                        f"{what}Commit {pushed.commit} was made, but it could not be opened again to compare it: run "
+                        "the same command again."
+                    ) from error
             wait = min(_LONGEST_WAIT, random.uniform(0.25, 0.5) * 2.0**attempt)
             time.sleep(wait if fault.retry_after is None else min(fault.retry_after, _LONGEST_WAIT))
+
+
+def _read_fault(error: Exception, secrets: Sequence[str]) -> Fault | None:
+    """What went wrong with a call to the Hub or to its storage; null for a bug."""
+    from datasets.exceptions import DatasetsError
+
+    cause = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how huggingface_hub reports an upload
+        fault = _read_fault(cause, secrets)
+        if fault is not None and fault.status == _FORBIDDEN:  # of the storage: an address that is no longer valid
+            return replace(fault, passing=True, lasting=False, status=None)
+        return fault
+    fault = read_fault(error, secrets)
+    if fault is None and isinstance(error, DatasetsError | OSError | ValueError):
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Fault(redact(why, secrets)[:_LONGEST_REASON], passing=isinstance(error, OSError))
+    return fault if fault is None else replace(fault, message=redact(fault.message, secrets))
+
+
+def _secrets(token: str | None) -> tuple[str, ...]:
+    from huggingface_hub import get_token
+
+    return tuple(secret for secret in (token, get_token()) if secret)
 
 
 def may_pass(fault: Fault) -> bool:
@@ -267,7 +335,7 @@ def _listed(card: str | None, names: set[str]) -> set[str]:
     """The data files that an existing card lists for some configs."""
     found: set[str] = set()
     for config in (split(card or "")[0] or {}).get("configs") or ():
-        if isinstance(config, dict) and config.get("config_name") in names:
+        if isinstance(config, dict) and str(config.get("config_name")) in names:
             files = config.get("data_files")
             found |= {file["path"] for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
     return found

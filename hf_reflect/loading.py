@@ -10,7 +10,7 @@ from typing import Any
 from hf_reflect.errors import HubError, RecipeError
 from hf_reflect.hub import hub_api
 from hf_reflect.merging import split as split_card
-from hf_reflect.oracles.faults import Fault, read_fault
+from hf_reflect.oracles.faults import Fault, read_fault, redact
 from hf_reflect.recipe import FILE, Recipe
 
 
@@ -66,10 +66,17 @@ def load_recycled(
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise HubError(f"{name}: {' '.join(str(error).split())}") from error
     except Exception as error:
-        fault = read_fault(error)
+        fault = read_fault(error, _secrets())
         if fault is None:
             raise
-        raise HubError(f"{name}: {fault.message}. {advice(fault)}") from error
+        raise HubError(f"{name}: {redact(fault.message, _secrets())}. {advice(fault)}") from error
+
+
+def _secrets() -> tuple[str, ...]:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return (token,) if token else ()
 
 
 def advice(fault: Fault) -> str:
@@ -162,10 +169,10 @@ def list_recycled(author: str | None = None, limit: int = 100) -> Iterator[Liste
             modified = f"{info.last_modified:%Y-%m-%d}" if info.last_modified else ""
             yield Listed(info.id, info.downloads or 0, info.likes or 0, modified)
     except Exception as error:
-        fault = read_fault(error)
+        fault = read_fault(error, _secrets())
         if fault is None:
             raise
-        raise HubError(f"the Hub: {fault.message}. {advice(fault)}") from error
+        raise HubError(f"the Hub: {redact(fault.message, _secrets())}. {advice(fault)}") from error
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def _fetch(location: str, revision: str | None) -> tuple[str | None, dict[str, P
             f"{location!r}: neither a folder nor a name that is registered nor a Hub id ({error})."
         ) from error
     except Exception as error:
-        fault = read_fault(error)
+        fault = read_fault(error, _secrets())
         if fault is None:
             raise
-        raise HubError(f"{location}: {fault.message}. {advice(fault)}") from error
+        raise HubError(f"{location}: {redact(fault.message, _secrets())}. {advice(fault)}") from error

@@ -104,6 +104,13 @@ def _merge_metadata(
     for key, value in old.items():
         if key == "configs":  # ours are ours, those of others are theirs
             merged[key] = _merge_configs(new.get(key) or [], value, gone)
+        elif key == "dataset_info":
+            # It describes the files of configs; of ours it is out of date.
+            ours = {str(config["config_name"]) for config in new.get("configs") or ()} | gone
+            entries = value if isinstance(value, list) else [value]
+            others = [e for e in entries if isinstance(e, Mapping) and e.get("config_name", "default") not in ours]
+            if others:
+                merged[key] = others
         elif key not in new and key not in marks:
             merged[key] = value  # added
         elif marks.get(key) != _fingerprint(value) and key != "hf_reflect":
@@ -117,7 +124,7 @@ def _merge_configs(new: list[Any], old: Any, gone: frozenset[str]) -> list[Any]:
     """The configs that were generated, and those that others put beside them."""
     names = {config["config_name"] for config in new} | gone
     others = [config for config in old if isinstance(config, Mapping)] if isinstance(old, list) else []
-    return [*new, *(config for config in others if config.get("config_name") not in names)]
+    return [*new, *(config for config in others if str(config.get("config_name")) not in names)]
 
 
 def _merge_body(new: Mapping[str, str], old: Mapping[str, str], marks: Mapping[str, str]) -> str:

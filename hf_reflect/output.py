@@ -98,7 +98,8 @@ class OutputFolder:
         # Names end in a hash of the content: `datasets` caches a local folder by what its card says of the files, not
         # by the files, so the cards of two results must not say the same.
         files: DataFiles = {config: {} for config in FOLDERS}
-        for (config, split), writer in sorted(self._writers.items()):
+        for config, split in sorted(self._writers, key=lambda key: (key[0], split_order(key[1]))):
+            writer = self._writers[config, split]
             writer.close()
             file = self._staging / FOLDERS[config] / f"{split}.parquet"
             name = f"{split}-00000-of-00001-{content_hash(file)[:16]}.parquet"
@@ -147,6 +148,11 @@ class OutputFolder:
             f"{self.path}: can't be written: {error.strerror or error}. "
             "What was paid for is in the journal: run the same command again to go on."
         )
+
+
+def split_order(split: str) -> tuple[bool, str]:
+    """The order of splits on a card: what is trained on, then the others by name."""
+    return split != "train", split
 
 
 def _alive(pid: int) -> bool:

@@ -155,9 +155,10 @@ def _about(source: str) -> dict[str, Any]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return {}
     languages = said.get("language")
-    if languages is not None:  # YAML takes Norwegian for a negation
-        listed = languages if isinstance(languages, list) else [languages]
-        said["language"] = ["no" if language is False else language for language in listed]
+    if languages is False:  # YAML takes Norwegian for a negation
+        said["language"] = "no"
+    elif isinstance(languages, list):
+        said["language"] = ["no" if language is False else language for language in languages]
     return {key: said[key] for key in _ABOUT if said.get(key)}
 
 

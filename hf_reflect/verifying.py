@@ -81,6 +81,7 @@ def verify(
         if lacking:
             found.findings.append(f"split {split} lacks the columns {', '.join(lacking)}")
             continue
+        found.findings += _missing(split, rows, audit, known.recipe.keep)
         _check_rows(split, rows, audit, sample, judge, book, found)
     return found
 
@@ -175,10 +176,22 @@ def _other_text(pair: Pair, reflection: Mapping[str, Any]) -> Iterator[str]:
         yield "its text is not what the decisions lead to"
 
 
+def _missing(split: str, rows: Any, audit: Any, policy: str) -> Iterator[str]:
+    """What the number of rows tells."""
+    there, known = list(rows["row_id"]), set(audit["row_id"])
+    if len(set(there)) != len(there):
+        yield f"split {split} has {len(there) - len(set(there))} rows twice"
+    if policy == "all" and len(left_out := known - set(there)):
+        yield f"split {split} lacks {len(left_out)} of {len(known)} rows, row {min(left_out)} first"
+
+
 def _disagreements(row: Mapping[str, Any], reflection: Mapping[str, Any]) -> Iterator[str]:
     if row["recycled"] != reflection["recycled"]:
         yield f"is marked {row['recycled']}, the reflections say {reflection['recycled']}"
     for measure in ("ifd", "rifd"):
+        before = ((reflection["original"] or {}).get(measure) or {}).get("value")
+        if row[f"{measure}_original"] != before:
+            yield f"{measure}_original is {row[f'{measure}_original']}, the reflections say {before}"
         score = reflection[f"{measure}_score"]
         if row[measure] != (score and score["value"]):
             yield f"{measure} is {row[measure]}, the reflections say {score and score['value']}"
