@@ -124,7 +124,7 @@ def _bundle(
         raise HubError(f"{folder}: there is no result of a run in it.")
     if (task := read_task(folder)) is not None:
         return _plain_bundle(folder, location, task)
-    data = CardData.of_folder(folder, location)
+    data = replace(CardData.of_folder(folder, location), title=location.rpartition("/")[2])
     for config in FOLDERS:
         if not data.data_files.get(config):
             raise HubError(f"{folder}: its files of config {config} are gone; make it again, which costs nothing.")
@@ -142,7 +142,7 @@ def _bundle(
 
     def card(others: Collection[str]) -> str:
         beside = tuple(name for name in EXTRAS if name in others)
-        return sign(render_card(replace(data, beside=beside), template))
+        return _with_edits(sign(render_card(replace(data, beside=beside), template)), folder)
 
     return _Bundle(data.recipe.hash, files, data.data_files, card)
 
@@ -155,8 +155,14 @@ def _plain_bundle(folder: Path, location: str, task: TaskRecipe) -> _Bundle:
     files = {path: folder / path for path in paths.values()}
     rows = sum(pq.read_metadata(file).num_rows for file in files.values())
     title = f"{location.rpartition('/')[2]}: {task.task}"
-    card = sign(render_plain_card(title, {"default": paths}, rows, location, task.settings))
+    card = _with_edits(sign(render_plain_card(title, {"default": paths}, rows, location, task.settings)), folder)
     return _Bundle(task.hash, {**files, FILE: folder / FILE}, {"default": paths}, lambda others: card)
+
+
+def _with_edits(card: str, folder: Path) -> str:
+    """A card with what was changed by hand in that of the folder."""
+    file = folder / README
+    return merge(card, file.read_text("utf-8") if file.is_file() else None)
 
 
 class _Target:
@@ -304,6 +310,23 @@ def _secrets(token: str | None) -> tuple[str, ...]:
     from huggingface_hub import get_token
 
     return tuple(secret for secret in (token, get_token()) if secret)
+
+
+def check_target(repo_id: str, token: str | None = None) -> None:
+    """Refuses a place to push to that can't be one, before anything is done for it.
+
+    Raises:
+        HubError: the name is none, or nobody is logged in.
+    """
+    _check_name(repo_id)
+    secrets = _secrets(token)
+    try:
+        hub_api(token).whoami()
+    except Exception as error:
+        fault = _read_fault(error, secrets)
+        if fault is None:
+            raise
+        raise HubError(f"{repo_id}: {fault.message}. {advice(fault)}") from error
 
 
 def may_pass(fault: Fault) -> bool:

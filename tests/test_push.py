@@ -301,6 +301,33 @@ def test_the_card_says_the_name_that_it_is_loaded_by(pushed, everything):
     assert str(everything[2]) not in card
 
 
+def test_what_was_changed_in_the_card_of_the_folder_arrives(hub, home, full, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(full, folder)
+    card = (folder / "README.md").read_text()
+    card = card.replace("license: unknown", "license: mit").replace("## Limits\n", "## Notes\n\nMine.\n\n## Limits\n")
+    (folder / "README.md").write_text(card)
+    run(hub, home, "push", folder, "alice/noted")
+    there = hub.repo("alice/noted").card()
+    assert "license: mit" in there
+    assert "## Notes\n\nMine.\n\n## Limits" in there
+    assert "# noted\n" in there  # what was not changed speaks of the dataset on the Hub
+    run(hub, home, "push", folder, "alice/noted")
+    assert len(hub.repo("alice/noted").history()) == 2
+
+
+@pytest.mark.parametrize(("repo", "token"), [("no namespace", "hf_alice"), ("alice/x", "hf_wrong"), ("alice/x", None)])
+def test_a_place_that_can_not_be_pushed_to_is_refused_before_anything_is_paid_for(hub, home, tmp_path, repo, token):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Say it.", "output": "It."}) + "\n")
+    with OracleServer() as server:
+        words = ["--oracle", server.url, "--student", "none", "--method", "reflect", "--push-to-hub", repo]
+        done = run(hub, home, "recycle", rows, tmp_path / "out", *words, token=token, code=1)
+        assert repo in advice_of(done)
+        assert server.completions == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_score_wrote_is_pushed_too(hub, client, made):
     client(push, str(made / "scored"), "alice/scored", {})
     check_holds(hub, "alice/scored", made / "scored")

@@ -57,6 +57,14 @@ def push(
     say_pushed(pushed)
 
 
+def check_target(repo: str | None) -> None:
+    """Refuses a place to push to before the work is done for it."""
+    if repo is not None:
+        from hf_reflect.hub import check_target as check
+
+        check(repo)
+
+
 def push_result(out: Path, repo: str | None, private: bool) -> None:
     """Pushes what a command has just written, if that was asked for."""
     if repo is not None:

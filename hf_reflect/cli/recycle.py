@@ -9,7 +9,7 @@ import typer
 
 from hf_reflect.cli import options as opt
 from hf_reflect.cli import output
-from hf_reflect.cli.hub import push_result
+from hf_reflect.cli.hub import check_target, push_result
 from hf_reflect.errors import HfReflectError
 
 
@@ -127,6 +127,7 @@ def recycle(
         "retry_truncated": retry_truncated,
         "guards": guards_from(guards, longest, similarity),
     }
+    check_target(push_to_hub)
     recorded = _from_recipe(config) if config else {}
     if config and not (oracle or recorded.get("oracle")):
         raise HfReflectError(f"recipe {config}: its oracle was an object without a spec; name one with --oracle.")
@@ -176,6 +177,7 @@ def reselect(
     """
     from hf_reflect.reselecting import reselect as reselect_dataset
 
+    check_target(push_to_hub)
     output.quieten_datasets()
     decided = {"method": method, "keep": keep}
     judged = {"template": template, "boundary": boundary, "measure": measure, "dtype": dtype, "max_length": max_length}

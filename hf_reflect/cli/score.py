@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_reflect.cli.hub import push_result
+from hf_reflect.cli.hub import check_target, push_result
 from hf_reflect.cli.options import (
     BoundaryOption,
     By,
@@ -53,6 +53,7 @@ def score(
     """
     from hf_reflect.scoring import score as score_dataset
 
+    check_target(push_to_hub)
     quieten_datasets()
     with one_line_warnings():
         found = score_dataset(
