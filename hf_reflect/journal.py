@@ -38,12 +38,17 @@ _DAY = 86_400.0
 _MOST_PARAMETERS = 500  # SQLite's oldest limit is 999
 
 
-def default_path() -> Path:
-    """Where the journal is unless `--journal` says otherwise: under `HF_HOME`, read when it is needed."""
+def own_folder() -> Path:
+    """Where this package keeps what is the user's: under `HF_HOME`, read when it is needed."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
-    return Path(home) / "hf_reflect" / "journal.sqlite3"
+    return Path(home) / "hf_reflect"
+
+
+def default_path() -> Path:
+    """Where the journal is unless `--journal` says otherwise."""
+    return own_folder() / "journal.sqlite3"
 
 
 @dataclass(frozen=True)

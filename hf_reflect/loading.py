@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_reflect.errors import HubError, RecipeError
 from hf_reflect.hub import hub_api
+from hf_reflect.journal import own_folder
 from hf_reflect.merging import split as split_card
 from hf_reflect.oracles.faults import Fault, read_fault, redact
 from hf_reflect.recipe import FILE, Recipe
@@ -97,10 +98,7 @@ def resolve(name: str) -> str:
 
 def registry_path() -> Path:
     """Where your own short names are kept: under `HF_HOME`."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return Path(home) / "hf_reflect" / "names.json"
+    return own_folder() / "names.json"
 
 
 def registered() -> dict[str, str]:
