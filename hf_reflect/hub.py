@@ -84,7 +84,7 @@ def push_recycled(
     Raises:
         HfReflectError: it can't be pushed, or what arrived is not what was sent; the message says what to do.
     """
-    path, secrets = Path(folder), _secrets(token)
+    path, secrets = Path(folder), login_secrets(token)
     with tempfile.TemporaryDirectory(prefix="hf_reflect-push-") as extra:
         bundle = _bundle(path, Path(extra), repo_id, preference, selected, template)
         target = _Target(hub_api(token), repo_id, create_pr, revision, overwrite, secrets)
@@ -306,7 +306,8 @@ def _read_fault(error: Exception, secrets: Sequence[str]) -> Fault | None:
     return fault if fault is None else replace(fault, message=redact(fault.message, secrets))
 
 
-def _secrets(token: str | None) -> tuple[str, ...]:
+def login_secrets(token: str | None = None) -> tuple[str, ...]:
+    """What must be shown nowhere of what the Hub is sent."""
     from huggingface_hub import get_token
 
     return tuple(secret for secret in (token, get_token()) if secret)
@@ -319,7 +320,7 @@ def check_target(repo_id: str, token: str | None = None) -> None:
         HubError: the name is none, or nobody is logged in.
     """
     _check_name(repo_id)
-    secrets = _secrets(token)
+    secrets = login_secrets(token)
     try:
         hub_api(token).whoami()
     except Exception as error:

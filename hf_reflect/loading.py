@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_reflect.errors import HubError, RecipeError
-from hf_reflect.hub import hub_api
+from hf_reflect.hub import hub_api, login_secrets
 from hf_reflect.journal import own_folder
 from hf_reflect.merging import split as split_card
 from hf_reflect.oracles.faults import Fault, read_fault, redact
@@ -62,22 +63,26 @@ def load_recycled(
     location = resolve(name)
     given = {"split": split, "revision": revision, **options}
     given = {key: value for key, value in given.items() if value is not None}
+    with _explained(name):
+        try:
+            return load_dataset(location, config, streaming=streaming, **given)
+        except (DatasetsError, ValueError, FileNotFoundError) as error:
+            raise HubError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns the failures that a call to the Hub can have into advice; anything else is a bug, and passes."""
     try:
-        return load_dataset(location, config, streaming=streaming, **given)
-    except (DatasetsError, ValueError, FileNotFoundError) as error:
-        raise HubError(f"{name}: {' '.join(str(error).split())}") from error
+        yield
+    except HubError:
+        raise
     except Exception as error:
-        fault = read_fault(error, _secrets())
+        secrets = login_secrets()
+        fault = read_fault(error, secrets)
         if fault is None:
             raise
-        raise HubError(f"{name}: {redact(fault.message, _secrets())}. {advice(fault)}") from error
-
-
-def _secrets() -> tuple[str, ...]:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return (token,) if token else ()
+        raise HubError(f"{where}: {redact(fault.message, secrets)}. {advice(fault)}") from error
 
 
 def advice(fault: Fault) -> str:
@@ -162,15 +167,10 @@ def list_recycled(author: str | None = None, limit: int = 100) -> Iterator[Liste
     Raises:
         HubError: the Hub can't be asked.
     """
-    try:
+    with _explained("the Hub"):
         for info in hub_api().list_datasets(filter=TAG, author=author, sort="downloads", limit=limit):
             modified = f"{info.last_modified:%Y-%m-%d}" if info.last_modified else ""
             yield Listed(info.id, info.downloads or 0, info.likes or 0, modified)
-    except Exception as error:
-        fault = read_fault(error, _secrets())
-        if fault is None:
-            raise
-        raise HubError(f"the Hub: {redact(fault.message, _secrets())}. {advice(fault)}") from error
 
 
 @dataclass(frozen=True)
@@ -221,20 +221,16 @@ def _fetch(location: str, revision: str | None) -> tuple[str | None, dict[str, P
     from huggingface_hub.errors import HFValidationError
 
     api = hub_api()
-    try:
-        found = api.dataset_info(location, revision=revision)
+    with _explained(location):
+        try:
+            found = api.dataset_info(location, revision=revision)
+        except HFValidationError as error:
+            raise HubError(
+                f"{location!r}: neither a folder nor a name that is registered nor a Hub id ({error})."
+            ) from error
         there = {sibling.rfilename for sibling in found.siblings or ()}
         return found.sha, {
             path: Path(api.hf_hub_download(location, path, repo_type="dataset", revision=found.sha))
             for path in (FILE, "README.md")
             if path in there
         }
-    except HFValidationError as error:
-        raise HubError(
-            f"{location!r}: neither a folder nor a name that is registered nor a Hub id ({error})."
-        ) from error
-    except Exception as error:
-        fault = read_fault(error, _secrets())
-        if fault is None:
-            raise
-        raise HubError(f"{location}: {redact(fault.message, _secrets())}. {advice(fault)}") from error
