@@ -1,5 +1,6 @@
 """Does a recycled dataset say of itself what is true? Scores a sample again and compares."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from hf_reflect.columns import DEFAULT, REFLECTIONS
 from hf_reflect.errors import HubError
-from hf_reflect.journal import Journal, open_journal
+from hf_reflect.journal import Journal
 from hf_reflect.loading import info, load_recycled
 from hf_reflect.pairs import Pair, UnreadableRowError, recognise
 from hf_reflect.recipe import Recipe
@@ -55,7 +56,7 @@ def verify(
         student: The student that the recipe names, wherever it lies.
         sample: How many rows to score again, spread evenly over each split.
         revision: As for `load_recycled`.
-        journal: Where losses are kept; by default under `HF_HOME`.
+        journal: Where losses are kept; by default nowhere, so that all is computed afresh.
         **options: As for `load_student`; by default what the recipe says.
 
     Raises:
@@ -69,7 +70,23 @@ def verify(
     at = known.revision or revision
     default, reflections = (load_recycled(name, config, revision=at) for config in ("default", "reflections"))
     judge = _student(student, known.recipe, options, found)
-    book = journal if isinstance(journal, Journal) else open_journal(journal)
+    with tempfile.TemporaryDirectory(prefix="hf_reflect-verify-") as afresh:
+        # Not the journal of the run, which would only repeat what it said.
+        book = journal if isinstance(journal, Journal) else Journal(journal or Path(afresh) / "journal")
+        _check_splits(default, reflections, sample, known.recipe.keep, judge, book, found)
+        book.close()
+    return found
+
+
+def _check_splits(
+    default: Mapping[str, Any],
+    reflections: Mapping[str, Any],
+    sample: int,
+    policy: str,
+    judge: Student | None,
+    journal: Journal,
+    found: Verification,
+) -> None:
     for split, rows in default.items():
         if split not in reflections:
             found.findings.append(f"split {split} has no reflections")
@@ -81,9 +98,8 @@ def verify(
         if lacking:
             found.findings.append(f"split {split} lacks the columns {', '.join(lacking)}")
             continue
-        found.findings += _missing(split, rows, audit, known.recipe.keep)
-        _check_rows(split, rows, audit, sample, judge, book, found)
-    return found
+        found.findings += _missing(split, rows, audit, policy)
+        _check_rows(split, rows, audit, sample, judge, journal, found)
 
 
 def _check_card(metadata: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:

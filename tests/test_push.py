@@ -905,7 +905,7 @@ def test_from_rows_to_the_hub_and_on_from_there(hub, client, made, student, anot
     rows = read(out / "first")
     assert client(fetch, "alice/walk", None, {}) == client(fetch_plainly, "alice/walk", None, {}) == {"train": rows}
     asked = len(server.calls)
-    assert "everything agrees" in step("verify", "alice/walk", "--student", student, "--journal", tmp_path / "new")
+    assert "everything agrees" in step("verify", "alice/walk", "--student", student)
     step("reselect", "alice/walk", out / "second", "--student", another, "--push-to-hub", "alice/walk-on")
     assert len(server.calls) == asked
     again = client(fetch, "alice/walk-on", "reflections", {})["train"]

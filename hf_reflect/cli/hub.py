@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_reflect.cli import options as opt
 from hf_reflect.cli.output import printable, quieten_datasets
 from hf_reflect.errors import HfReflectError
 
@@ -175,7 +174,6 @@ def verify(
     student: Annotated[str, typer.Option(help="The student of the recipe, wherever it lies.")],
     sample: Annotated[int, typer.Option(min=1, help="Rows to score again.")] = 50,
     revision: Revision = None,
-    journal: opt.JournalOption = None,
 ) -> None:
     """Score a sample of a recycled dataset again, and say exactly what does not agree.
 
@@ -185,7 +183,7 @@ def verify(
     from hf_reflect.verifying import verify as check
 
     quieten_datasets()
-    found = check(name, student=student, sample=sample, revision=revision, journal=journal)
+    found = check(name, student=student, sample=sample, revision=revision)
     typer.echo(f"{found.rows} rows, of which {found.sampled} were checked; {found.scores} scores made again")
     typer.echo(f"largest difference {found.largest:.2g}")
     for finding in found.findings:
