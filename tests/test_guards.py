@@ -14,8 +14,9 @@ from oracle_server import completion
 from test_transforms import alpaca
 from typer.testing import CliRunner
 
-from hf_reflect import guards, recycle
+from hf_reflect import recycle
 from hf_reflect.cli import app
+from hf_reflect.embeddings import load_embedder
 from hf_reflect.errors import RecipeError
 from hf_reflect.guards import DEFAULT_GUARDS, GUARDS, Guards
 from hf_reflect.pairs import Pair
@@ -248,16 +249,16 @@ def embeddings(monkeypatch):
     module = ModuleType("sentence_transformers")
     module.SentenceTransformer = SentenceTransformer
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-    guards._embedder.cache_clear()
+    load_embedder.cache_clear()
     yield loaded
-    guards._embedder.cache_clear()
+    load_embedder.cache_clear()
 
 
 @pytest.fixture
 def no_embeddings(monkeypatch):
     """As if the extra were not installed."""
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    guards._embedder.cache_clear()
+    load_embedder.cache_clear()
 
 
 class TestSimilarity:
