@@ -6,14 +6,17 @@ Text that comes from data or from a model is escaped where it is inserted.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hf_reflect.describing import Description
 from hf_reflect.errors import CardError
 from hf_reflect.output import DataFiles, split_order
 from hf_reflect.pairs import RowFormat, TextColumns, recognise
+from hf_reflect.plotting import Caption, captions
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import FILE, Recipe
 from hf_reflect.summary import Summary, final_pair
@@ -21,7 +24,6 @@ from hf_reflect.summary import Summary, final_pair
 
 TEMPLATE = "dataset_card.md.jinja"
 PLAIN_TEMPLATE = "plain_card.md.jinja"
-README = "README.md"
 
 _LONGEST_TEXT = 800
 _MOST_REASONS = 12
@@ -43,6 +45,7 @@ class CardData:
         title: What the dataset is called.
         location: What `load_dataset` finds it by.
         beside: Configs made on demand that are there already.
+        pictures: What the pictures beside the card show.
         extra: What is added to the metadata.
     """
 
@@ -52,6 +55,7 @@ class CardData:
     title: str
     location: str
     beside: tuple[str, ...] = ()
+    pictures: tuple[Caption, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -67,7 +71,9 @@ class CardData:
         for config, name in (("default", "data"), ("reflections", "reflections")):
             for file in sorted((path / name).glob("*.parquet"), key=lambda file: split_order(file.name.split("-")[0])):
                 found.setdefault(config, {})[file.name.split("-")[0]] = f"{name}/{file.name}"
-        return cls(recipe, Summary.of_folder(path), found, path.resolve().name, location or str(folder))
+        data = cls(recipe, Summary.of_folder(path), found, path.resolve().name, location or str(folder))
+        drawn = [caption for caption in captions(data.description) if (path / caption.path).is_file()]
+        return replace(data, pictures=tuple(drawn))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -96,6 +102,11 @@ class CardData:
             **self.extra,
         }
         return {key: value for key, value in facts.items() if value is not None}
+
+    @cached_property
+    def description(self) -> Description:
+        """The statistics of the run."""
+        return Description.of(self.summary)
 
     @property
     def oracles(self) -> list[str]:
@@ -184,7 +195,7 @@ def render_card(data: CardData, template: str | None = None) -> str:
         "statuses": sorted(summary.statuses.items()),
         "decisions": sorted(summary.decisions.items()),
         "reasons": sorted(summary.reasons.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS],
-        "means": [(quantity, *pair) for quantity, pair in means_table(summary)],
+        "means": data.description.before_and_after(),
         "configs": [(name, what) for name, what in _CONFIGS.items() if name in {*data.data_files, *data.beside}],
         "split": data.split,
         "file": FILE,
@@ -281,20 +292,6 @@ def cell(text: Any) -> str:
 def _plain(text: Any) -> str:
     """A text on one line, without anything that steers a terminal or a page."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-
-
-def means_table(summary: Summary) -> list[tuple[str, tuple[str, str]]]:
-    """Means before and after, by quantity, as text."""
-    quantities = list(dict.fromkeys(quantity for quantity, _ in summary.means))
-    return [(q, (_shown(summary, q, "before"), _shown(summary, q, "after"))) for q in quantities]
-
-
-def _shown(summary: Summary, quantity: str, when: str) -> str:
-    mean = summary.means.get((quantity, when))
-    if mean is None or mean.value is None:
-        return "–"
-    digits = 3 if "ifd" in quantity else 2 if "ppl" in quantity else 0
-    return f"{mean.value:.{digits}f} (n={mean.n})"
 
 
 def configs_of(data_files: DataFiles) -> list[dict[str, Any]]:

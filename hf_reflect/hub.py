@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_reflect import __version__
-from hf_reflect.cards import README, CardData, render_card, render_plain_card
+from hf_reflect.cards import CardData, render_card, render_plain_card
 from hf_reflect.errors import HfReflectError, HubError
 from hf_reflect.extras import EXTRAS, write_preference, write_selected
 from hf_reflect.merging import merge, sign, split
 from hf_reflect.oracles.faults import Fault, read_fault, redact
-from hf_reflect.output import FOLDERS, DataFiles
+from hf_reflect.output import FOLDERS, README, DataFiles
+from hf_reflect.plotting import PATHS
 from hf_reflect.recipe import FILE, TaskRecipe, read_task
 
 
@@ -130,6 +131,7 @@ def _bundle(
             raise HubError(f"{folder}: its files of config {config} are gone; make it again, which costs nothing.")
     files = {path: folder / path for splits in data.data_files.values() for path in splits.values()}
     files[FILE] = folder / FILE
+    files |= {picture.path: folder / picture.path for picture in data.pictures}
     files |= {file.name: file for file in folder.glob("*.png")}
     made: DataFiles = {}
     if preference:
@@ -208,7 +210,7 @@ class _Target:
         kept = same and _listed(existing, set(FOLDERS)) <= set(bundle.files)
         gone = frozenset[str]() if kept else frozenset(EXTRAS)
         card = merge(bundle.card(_names(existing) & set(EXTRAS) - gone), existing, gone)
-        patterns = _listed(existing, {*FOLDERS, *bundle.data_files, *gone})
+        patterns = {*_listed(existing, {*FOLDERS, *bundle.data_files, *gone}), *PATHS}
         stale = {path for path in there for pattern in patterns if fnmatch(path, pattern)} - set(bundle.files)
         operations: list[Any] = [CommitOperationDelete(path) for path in sorted(stale)]
         operations += [CommitOperationAdd(path, str(file)) for path, file in sorted(bundle.files.items())]

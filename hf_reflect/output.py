@@ -3,7 +3,7 @@
 import glob
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 FOLDERS = {"default": "data", "reflections": "reflections"}
 """Where each config's files are."""
+
+README = "README.md"
+PICTURES = "pictures"
+REPORT = "report.html"
+"""Where the report is written unless somebody wants it elsewhere."""
+
+_OURS = {README, FILE, PICTURES, REPORT, *FOLDERS.values()}
 
 DataFiles = dict[str, dict[str, str]]
 """A file for each config and split."""
@@ -68,19 +75,23 @@ class OutputFolder:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def finish(self, card: Callable[[DataFiles], str]) -> None:
+    def finish(self, card: Callable[[DataFiles], str], others: Mapping[str, bytes] | None = None) -> None:
         """Ends the writing, adds the card and the recipe, and lets the folder appear.
 
         Args:
             card: Gives the text of the card, for the file of each config and split.
+            others: The content of other files, by their path in the folder.
 
         Raises:
             OutputError: it can't be written.
         """
         try:
             data_files = self._end_files()
-            (self._staging / "README.md").write_text(card(data_files), "utf-8")
+            (self._staging / README).write_text(card(data_files), "utf-8")
             (self._staging / FILE).write_text(self.recipe.to_yaml(), "utf-8")
+            for path, content in (others or {}).items():
+                (self._staging / path).parent.mkdir(exist_ok=True)
+                (self._staging / path).write_bytes(content)
             for file in self._staging.rglob("*"):
                 _sync(file)
             if self.path.exists():
@@ -139,7 +150,7 @@ class OutputFolder:
     def _retire(self, old: Path) -> None:
         """Removes the former folder; what the user put into it (a .git, say) moves to the new one."""
         for entry in old.iterdir():
-            if not (self.path / entry.name).exists():
+            if entry.name not in _OURS and not (self.path / entry.name).exists():
                 entry.rename(self.path / entry.name)
         shutil.rmtree(old)
 
@@ -148,6 +159,22 @@ class OutputFolder:
             f"{self.path}: can't be written: {error.strerror or error}. "
             "What was paid for is in the journal: run the same command again to go on."
         )
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"{file}: can't be written: {error.strerror or error}.") from error
 
 
 def split_order(split: str) -> tuple[bool, str]:

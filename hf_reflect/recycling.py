@@ -12,12 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_reflect import __version__
 from hf_reflect.cards import CardData, render_card
 from hf_reflect.columns import DEFAULT, REFLECTIONS
+from hf_reflect.describing import Description
 from hf_reflect.errors import OracleError, OutputError, RecipeError, SourceError
 from hf_reflect.guards import Guards
 from hf_reflect.journal import Journal, open_journal
@@ -25,7 +27,8 @@ from hf_reflect.merging import sign
 from hf_reflect.oracles import Sampling
 from hf_reflect.oracles.base import close_all
 from hf_reflect.oracles.pace import Limits
-from hf_reflect.output import OutputFolder
+from hf_reflect.output import DataFiles, OutputFolder
+from hf_reflect.plotting import can_draw, draw
 from hf_reflect.progress import bars
 from hf_reflect.prompts import Prompts
 from hf_reflect.recipe import Recipe
@@ -83,6 +86,13 @@ class Recycled:
     def __iter__(self) -> Iterator[Any]:
         """So that `dataset, reflections = recycle(...)` works."""
         return iter((self.dataset, self.reflections))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the statistics, with pictures where the extra `plots` is installed."""
+        description = Description.of(self.summary)
+        where = f"<p>written to <code>{escape(str(self.folder))}</code></p>" if self.folder else ""
+        pictures = "".join(picture.to_html() for picture in draw(description)) if can_draw() else ""
+        return f"{where}{pictures}{description._repr_html_()}"
 
 
 def recycle(
@@ -183,7 +193,7 @@ def recycle(
         reflecting = {"guards": checks, "retry_truncated": retry_truncated}
         steps = chain(asked, judge, method=method, gate_first=gate_first, journal=book, **reflecting)
         folder = OutputFolder(output, recipe, overwrite=overwrite) if output is not None else None
-        summary = Summary(purse=asked[0].oracle.purse)
+        summary = Summary(purse=asked[0].oracle.purse, policy=keep)
         try:
             parts = _run(splits, steps, KeepRecycled(keep), summary, folder, asked, progress)
             if folder is not None:
@@ -373,8 +383,13 @@ def _publish(folder: OutputFolder, recipe: Recipe, summary: Summary, location: s
             f"{folder.path}: no row is left to write: keep {recipe.keep} leaves out all {summary.rows}. Run it again "
             "with --keep all, which costs nothing: every reply is in the journal."
         )
-    title = folder.path.name
-    folder.finish(lambda files: sign(render_card(CardData(recipe, summary, files, title, location))))
+    data = CardData(recipe, summary, {}, folder.path.name, location)
+    pictures = draw(data.description) if can_draw() else []
+
+    def card(files: DataFiles) -> str:
+        return sign(render_card(replace(data, data_files=files, pictures=tuple(pictures))))
+
+    folder.finish(card, {picture.path: picture.png for picture in pictures})
 
 
 def _collect(parts: Parts, folder: OutputFolder | None, splits: list[str], single: bool, config: str) -> Any:

@@ -1,40 +1,20 @@
 """What a run did, in numbers small enough to keep while rows stream by."""
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from hf_reflect.embeddings import Embed
+from hf_reflect.measures import Measures
 from hf_reflect.oracles.purse import Purse, Spent
-
-
-@dataclass
-class Mean:
-    """A running mean that passes over nulls.
-
-    Attributes:
-        n: How many values it is the mean of.
-    """
-
-    n: int = 0
-    total: float = 0.0
-
-    def add(self, value: float | None) -> None:
-        """Takes one more value into account."""
-        if value is not None:
-            self.n, self.total = self.n + 1, self.total + value
-
-    @property
-    def value(self) -> float | None:
-        """The mean; null where there was nothing."""
-        return self.total / self.n if self.n else None
+from hf_reflect.recipe import Recipe
+from hf_reflect.selection import Keep, check, keep
+from hf_reflect.trail import Trail
 
 
 _MOST_REASONS = 1000
-_BATCH = 500
-_LARGEST_LOSS = 700.0  # beyond it the perplexity is infinite
 
 
 @dataclass
@@ -71,13 +51,16 @@ class Summary:
         recycled: Rows by what became of them.
         statuses: Reflections by phase and status.
         decisions: Decisions by phase and reason.
-        means: Means before and after, by quantity. Lengths are in characters where they don't say tokens.
+        flows: Rows by what the two phases came to, and what is in the result.
+        inflation: How responses grew.
+        measures: Lengths, perplexities and scores at every stage.
         reasons: Why reflections gave no rewrite, by phase, status and reason.
         examples: The first row of each way a row can end, with its split, by what became of it.
         asked: What the oracles' replies took.
         columns: The columns of config `default`.
         ifd_at_least_one: Rows of the source with an IFD of 1 or more.
         purse: What this process paid for, and the prices.
+        policy: Which rows are kept.
     """
 
     rows: int = 0
@@ -85,23 +68,37 @@ class Summary:
     recycled: Counter[str] = field(default_factory=Counter)
     statuses: Counter[tuple[str, str]] = field(default_factory=Counter)
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
-    means: dict[tuple[str, str], Mean] = field(default_factory=dict)
+    flows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    inflation: "Inflation" = field(default_factory=lambda: Inflation())
+    measures: Measures = field(default_factory=Measures)
     ifd_at_least_one: int = 0
     reasons: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     examples: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     asked: Asked = field(default_factory=Asked)
     columns: list[str] = field(default_factory=list)
     purse: Purse = field(default_factory=Purse)
+    policy: Keep = "all"
 
     @classmethod
-    def of_folder(cls, folder: Path) -> "Summary":
-        """The summary of a result, read again from its audit trail. Nothing counts as paid for."""
+    def of_folder(cls, folder: Path, embed: Embed | None = None) -> "Summary":
+        """The summary of a result, read again from its audit trail. Nothing counts as paid for.
+
+        Args:
+            folder: What a run wrote.
+            embed: As for `Measures`.
+
+        Raises:
+            RecipeError: there is no result of a run.
+        """
         import pyarrow.parquet as pq
 
-        summary = cls()
-        for file in sorted((folder / "reflections").glob("*.parquet")):
-            for batch in pq.ParquetFile(file).iter_batches(_BATCH):
-                summary.add(batch.to_pylist(), file.name.split("-")[0])
+        policy = Recipe.read(folder).keep
+        check("keep", policy, Keep)
+        summary = cls(policy=cast(Keep, policy), measures=Measures(embed))
+        trail = Trail(folder)
+        for split in trail.splits:
+            for rows in trail.batches(split):
+                summary.add(rows, split)
         for file in sorted((folder / "data").glob("*.parquet")):
             summary.kept += pq.read_metadata(file).num_rows
             summary.columns = pq.read_schema(file).names
@@ -114,6 +111,7 @@ class Summary:
 
     def add(self, rows: Iterable[Mapping[str, Any]], split: str = "") -> None:
         """Takes rows of config `reflections` into account."""
+        readable: list[tuple[Mapping[str, Any], dict[str, Any] | None]] = []
         for row in rows:
             self.rows += 1
             self.recycled[row["recycled"]] += 1
@@ -121,12 +119,25 @@ class Summary:
                 for reflection in row[f"{phase}_reflections"]:
                     self._reflection(phase, reflection)
                 self.decisions[phase, row[f"{phase}_decision"]["reason"]] += 1
+            kept = self._is_kept(row)
+            self.flows[
+                _outcome(row, "instruction"), _outcome(row, "response"), row["recycled"] if kept else "left out"
+            ] += 1
             if row["original"] is not None:
-                self._compare(row)
+                readable.append((row, final_pair(row) if kept else None))
                 # The first of the first split by name, in whatever order splits come.
                 known = self.examples.get(_ending(row))
                 if known is None or split < known[0]:
                     self.examples[_ending(row)] = (split, row)
+        for row, final in readable:
+            self.ifd_at_least_one += ((row["original"]["ifd"] or {}).get("value") or 0) >= 1
+            if final is not None and row["recycled"] != "original":
+                self.inflation.add(row["original"]["response"], final["response"])
+        self.measures.add(split, readable)
+
+    def _is_kept(self, row: Mapping[str, Any]) -> bool:
+        ifd, rifd = ((row[f"{measure}_score"] or {}).get("value") for measure in ("ifd", "rifd"))
+        return keep(self.policy, row["recycled"], ifd, rifd)
 
     def _reflection(self, phase: str, reflection: Mapping[str, Any]) -> None:
         status, reason = reflection["status"], reflection.get("reason")
@@ -137,39 +148,40 @@ class Summary:
         for call in reflection.get("calls") or ():
             self.asked.add(call)
 
-    def _compare(self, row: Mapping[str, Any]) -> None:
-        original = row["original"]
-        final = final_pair(row)
-        for part in ("instruction", "response"):
-            self._mean(f"{part} length", "before").add(len(original[part]))
-            self._mean(f"{part} length", "after").add(len(final[part]))
-        self.ifd_at_least_one += ((original["ifd"] or {}).get("value") or 0) >= 1
-        for measure in ("ifd", "rifd"):
-            self._mean(measure, "before").add((original[measure] or {}).get("value"))
-            self._mean(measure, "after").add((row[f"{measure}_score"] or {}).get("value"))
-        for when, ifd, rifd in (
-            ("before", original["ifd"], original["rifd"]),
-            ("after", row["ifd_score"], row["rifd_score"]),
-        ):
-            for quantity, value in _quantities(ifd or {}, rifd or {}):
-                self._mean(quantity, when).add(value)
 
-    def _mean(self, quantity: str, when: str) -> Mean:
-        return self.means.setdefault((quantity, when), Mean())
+@dataclass
+class Inflation:
+    """How the responses of recycled rows grew, in characters.
 
+    Attributes:
+        rows: Rows of the result in which a rewrite was kept.
+        longer: How many of them have a longer response than before.
+        twice: How many have one at least twice as long.
+        before: Characters of all their responses before.
+        after: Characters after.
+    """
 
-def _quantities(ifd: Mapping[str, Any], rifd: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """What table 6 of arXiv 2402.10110 has besides the scores, from the losses behind them."""
-    yield "instruction tokens", rifd.get("direct_tokens")
-    yield "response tokens", ifd.get("direct_tokens")
-    yield "ppl(instruction)", _perplexity(rifd.get("direct_loss"))
-    yield "ppl(response)", _perplexity(ifd.get("direct_loss"))
-    yield "ppl(response | instruction)", _perplexity(ifd.get("conditioned_loss"))
-    yield "ppl(instruction | response)", _perplexity(rifd.get("conditioned_loss"))
+    rows: int = 0
+    longer: int = 0
+    twice: int = 0
+    before: int = 0
+    after: int = 0
+
+    def add(self, before: str, after: str) -> None:
+        """Takes one more row into account."""
+        self.rows += 1
+        self.longer += len(after) > len(before)
+        self.twice += len(after) >= 2 * len(before) and len(after) > len(before)
+        self.before += len(before)
+        self.after += len(after)
 
 
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None or loss > _LARGEST_LOSS else math.exp(loss)
+def _outcome(row: Mapping[str, Any], phase: str) -> str:
+    """What a phase came to: `rewritten`, `turned down` (by the student), or `no rewrite`."""
+    decision = row[f"{phase}_decision"]
+    if decision["candidate"] is not None:
+        return "rewritten"
+    return "no rewrite" if decision["reason"] == "no_rewrite" else "turned down"
 
 
 def _ending(row: Mapping[str, Any]) -> str:

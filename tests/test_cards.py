@@ -26,8 +26,9 @@ from test_transforms import FORMATS, alpaca
 from typer.testing import CliRunner
 
 from hf_reflect import load_student, recycle
-from hf_reflect.cards import CardData, cell, means_table, render_card
+from hf_reflect.cards import CardData, cell, render_card
 from hf_reflect.cli import app
+from hf_reflect.describing import Description
 from hf_reflect.errors import HfReflectError, SourceError
 from hf_reflect.pairs import recognise
 from hf_reflect.prompts import Prompts
@@ -193,6 +194,11 @@ def summary():
         row(1, True, True, original={"ifd": ifd(0.75)}, ifd=ifd(1.0)),
         row(2, **NOTHING),
     )
+
+
+def means(made: Summary) -> dict[str, tuple[str, str]]:
+    """Means before and after, by quantity."""
+    return {quantity: (before, after) for quantity, before, after, _ in Description.of(made).before_and_after()}
 
 
 def files(*splits):
@@ -417,14 +423,16 @@ def test_rows_that_were_left_out_are_not_counted_as_here():
 
 
 def test_means_are_over_what_was_scored_and_say_of_how_many():
-    found = dict(means_table(summary()))
+    found = means(summary())
     assert found["ifd"] == ("0.500 (n=2)", "0.750 (n=2)")  # (0.25 + 0.75) / 2 and (0.5 + 1) / 2
-    assert found["rifd"] == ("–", "–")
-    assert ["ifd", "0.500 (n=2)", "0.750 (n=2)"] in table(card(), "mean", "before", "after")
+    assert "rifd" not in found  # no row has it
+    # Both rows gained 0.25, so whichever rows a bootstrap draws, the mean is that.
+    change = "+0.250 [+0.250, +0.250]"
+    assert ["ifd", "0.500 (n=2)", "0.750 (n=2)", change] in table(card(), "mean", "before", "after", "change")
 
 
 def test_lengths_are_those_of_the_rows_before_and_after():
-    found = dict(means_table(summary()))
+    found = means(summary())
     # "A better question?" has 18 characters, "A better answer." 16; two rows have them, the third keeps its 2 and 4.
     assert found["instruction length"] == ("2 (n=3)", f"{(18 + 18 + 2) / 3:.0f} (n=3)")
     assert found["response length"] == ("4 (n=3)", f"{(16 + 16 + 4) / 3:.0f} (n=3)")
@@ -439,8 +447,8 @@ def test_the_statistics_of_table_6_worked_out_by_hand():
     same = score(8, 8, tokens=30)
     second = row(1, **NOTHING, original={"ifd": same}, ifd=same)
     third = row(2, **NOTHING)
-    shown = table(card(summed(first, second, third)), "mean", "before", "after")
-    assert {quantity: tuple(means) for quantity, *means in shown if "length" not in quantity} == {
+    shown = table(card(summed(first, second, third)), "mean", "before", "after", "change")
+    assert {quantity: (before, after) for quantity, before, after, _ in shown if "length" not in quantity} == {
         "ifd": ("0.750 (n=2)", "0.875 (n=2)"),  # (2/4 + 8/8) / 2, (6/8 + 8/8) / 2
         "rifd": ("0.250 (n=1)", "0.100 (n=1)"),  # 3/12, 3/30
         "instruction tokens": ("6 (n=1)", "8 (n=1)"),
@@ -456,9 +464,9 @@ def test_a_score_that_could_not_be_computed_counts_for_no_mean():
     null = {"status": "too_short", "value": None, "conditioned_loss": None, "direct_loss": None, "direct_tokens": 1}
     huge = {**score(2, 4), "direct_loss": 1e6}
     made = summed(row(0, **NOTHING, original={"ifd": null}, ifd=huge))
-    means = dict(means_table(made))
-    assert means["ifd"] == ("–", "0.500 (n=1)")
-    assert means["ppl(response)"] == ("–", "–")
+    found = means(made)
+    assert found["ifd"] == ("–", "0.500 (n=1)")
+    assert "ppl(response)" not in found
 
 
 def test_decisions_and_statuses_are_counted_by_phase():
@@ -913,7 +921,7 @@ def test_the_card_made_again_from_the_folder_is_the_card_that_the_run_wrote(serv
     run(source_rows(name), server, judge, out)
     text = read_card(out)
     assert validate_card(text) == ([], [])
-    assert [row[0] for row in table(text, "mean", "before", "after")][2:4] == ["ifd", "rifd"]
+    assert [row[0] for row in table(text, "mean", "before", "after", "change")][2:4] == ["ifd", "rifd"]
     assert entry_of(text)["columns"] == COLUMNS[name]
     check_regenerates(out)
 
@@ -923,7 +931,8 @@ def test_the_statistics_of_a_run_are_those_of_its_rows(server, judge, out):
     run(source_rows("alpaca"), server, judge, out)
     rows = pq.read_table(next((out / "data").glob("*.parquet"))).to_pylist()
     audit = pq.read_table(next((out / "reflections").glob("*.parquet"))).to_pylist()
-    shown = {quantity: (before, after) for quantity, before, after in table(read_card(out), "mean", "before", "after")}
+    means = table(read_card(out), "mean", "before", "after", "change")
+    shown = {quantity: (before, after) for quantity, before, after, _ in means}
 
     def mean(values, digits):
         values = [value for value in values if value is not None]

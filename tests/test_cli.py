@@ -93,7 +93,9 @@ def test_a_run_says_what_came_of_it_and_where_it_is(source, work, options):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert f"written to {work / 'out'}" in done.stdout
-    assert {path.name for path in (work / "out").iterdir()} == {"README.md", "recipe.yaml", "data", "reflections"}
+    assert {path.name for path in (work / "out").iterdir()} == {
+        "README.md", "recipe.yaml", "data", "reflections", "pictures",
+    }  # fmt: skip
     assert [path.name for path in work.iterdir()] == ["out"]
 
 

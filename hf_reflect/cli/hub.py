@@ -1,5 +1,6 @@
 """`hf-reflect push`, `card`, `list`, `info`, `register` and `verify`: to the Hub and back."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,23 +86,25 @@ def card(
     location: Annotated[str | None, typer.Option(help="What load_dataset finds it by.  [default: the folder]")] = None,
     card_template: CardTemplate = None,
 ) -> None:
-    """Write the card of a result again. What was changed in it by hand stays.
+    """Write the card of a result again, and its pictures. What was changed in it by hand stays.
 
     \b
     hf-reflect card recycled --location me/alpaca-recycled
     """
-    from hf_reflect.cards import README, CardData, render_card
+    from hf_reflect.cards import CardData, render_card
     from hf_reflect.merging import merge, sign
+    from hf_reflect.output import README, write_whole
+    from hf_reflect.plotting import can_draw, draw
 
+    data = CardData.of_folder(out, location)
+    if can_draw():
+        pictures = draw(data.description)
+        for picture in pictures:
+            write_whole(out / picture.path, picture.png)
+        data = replace(data, pictures=tuple(pictures))
     file = out / README
-    new = sign(render_card(CardData.of_folder(out, location), _read(card_template)))
-    text = merge(new, file.read_text("utf-8") if file.is_file() else None)
-    unfinished = file.with_name(f".{README}.part")
-    try:
-        unfinished.write_text(text, "utf-8")
-        unfinished.replace(file)
-    except OSError as error:
-        raise HfReflectError(f"{file}: can't be written: {error.strerror}.") from error
+    new = sign(render_card(data, _read(card_template)))
+    write_whole(file, merge(new, file.read_text("utf-8") if file.is_file() else None).encode())
     typer.echo(f"written to {file}")
 
 
@@ -151,7 +154,8 @@ def info(name: Name, revision: Revision = None) -> None:
     typer.echo(f"{'licence':<10}{printable(str(licence))}")
     for title, text in sections(known.body).items():
         if title.strip() in ("## What changed", "## Decisions"):
-            typer.echo(f"\n{printable(text).strip()}")
+            words = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
+            typer.echo(f"\n{printable(words).strip()}")
 
 
 def register(

@@ -1,15 +1,17 @@
 """What the commands print."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from hf_reflect.cards import means_table
+from hf_reflect.describing import Description
 from hf_reflect.errors import HfReflectWarning
 from hf_reflect.summary import Summary, final_pair
 
@@ -31,7 +33,8 @@ def summary(result: Summary) -> str:
         lines.append((f"{phase} phase", ""))
         lines += [(f"  reflections {s}", f"{n}") for (p, s), n in sorted(result.statuses.items()) if p == phase]
         lines += [(f"  decisions {r}", f"{n}") for (p, r), n in sorted(result.decisions.items()) if p == phase]
-    lines += [(f"mean {quantity}", f"{before} -> {after}") for quantity, (before, after) in means_table(result)]
+    means = Description.of(result).before_and_after()
+    lines += [(f"mean {quantity}", f"{before} -> {after}") for quantity, before, after, _ in means]
     spent, cost = result.spent, result.purse.cost
     lines += [
         ("calls to the oracle", f"{spent.calls}, and {spent.recalled} answered from the journal"),
@@ -43,26 +46,28 @@ def summary(result: Summary) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
 
-def pair(row: Mapping[str, Any]) -> str:
-    """One row of config `reflections`, before and after."""
+def pair(row: Mapping[str, Any], split: str = "") -> str:
+    """One row of config `reflections`, before and after, with the words in colour that differ."""
+    title = typer.style(printable(f"{split}row {row['row_id']}: {row['recycled']}"), bold=True)
     if row["original"] is None:
         reasons = [reflection["reason"] for reflection in row["instruction_reflections"]]
-        return f"{_title(row)}\n\nno pair could be read: {reasons[0]}"
+        return f"{title}\n\nno pair could be read: {printable(reasons[0])}"
     before, after = row["original"], final_pair(row)
-    blocks = [_title(row)]
+    blocks = [title]
     for part in ("instruction", "input", "response"):
-        if not (before[part] or after[part]):
-            continue
-        blocks.append(_block(part, before[part] or ""))
-        if after[part] != (before[part] or ""):
-            blocks.append(_block(f"{part}, recycled", after[part], "green"))
+        old, new = (_shown(pair[part] or "") for pair in (before, after))
+        if after[part] == (before[part] or ""):
+            blocks += [_block(part, old)] if old else []
+        else:
+            old, new = _coloured(old, new)
+            blocks += [_block(part, old), _block(f"{part}, recycled", new, "green")]
     for phase in ("instruction", "response"):
         decision = row[f"{phase}_decision"]
         for reflection in row[f"{phase}_reflections"]:
             reason = f" ({reflection['reason']})" if reflection["reason"] else ""
             title = f"reflection on the {phase} by {reflection['oracle']}: {reflection['status']}{reason}"
-            blocks.append(_block(title, reflection["critique"] or "", "yellow"))
-        blocks.append(_scores(row, phase) + f"kept: {decision['kept']}, {decision['reason']}")
+            blocks.append(_block(printable(title), _shown(reflection["critique"] or ""), "yellow"))
+        blocks.append(_scores(row, phase) + printable(f"kept: {decision['kept']}, {decision['reason']}"))
     return "\n\n".join(blocks)
 
 
@@ -97,15 +102,24 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() or c in "\u200d\u200c" else "\ufffd" for c in text)
 
 
-def _title(row: Mapping[str, Any]) -> str:
-    return typer.style(f"row {row['row_id']}: {row['recycled']}", bold=True)
+def _shown(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= _CLIP else f"{shown[:_CLIP]} … ({len(text)} characters in all)"
 
 
 def _block(title: str, text: str, color: str | None = None) -> str:
-    shown = printable(text)
-    if len(shown) > _CLIP:
-        shown = f"{shown[:_CLIP]} … ({len(text)} characters in all)"
-    return f"{typer.style(title, bold=True, fg=color)}\n{shown}"
+    return f"{typer.style(title, bold=True, fg=color)}\n{text}"
+
+
+def _coloured(before: str, after: str) -> tuple[str, str]:
+    """Two texts with the words coloured that the other lacks."""
+    old, new = (re.split(r"(\s+)", text) for text in (before, after))
+    olds, news = [], []
+    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        same = kind == "equal"
+        olds.append("".join(old[a:b]) if same else typer.style("".join(old[a:b]), fg="red"))
+        news.append("".join(new[c:d]) if same else typer.style("".join(new[c:d]), fg="green"))
+    return "".join(olds), "".join(news)
 
 
 def _scores(row: Mapping[str, Any], phase: str) -> str:
