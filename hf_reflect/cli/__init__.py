@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_reflect import __version__
-from hf_reflect.cli import demo, estimate, hub, journal, recycle, score, show
+from hf_reflect.cli import demo, estimate, hub, journal, recycle, score, show, stats
 from hf_reflect.errors import HfReflectError
 
 
@@ -28,6 +28,9 @@ app.command("reselect")(recycle.reselect)
 app.command("score")(score.score)
 app.command("select")(score.select)
 app.command("show")(show.show)
+app.command("stats")(stats.stats)
+app.command("report")(stats.report)
+app.command("diff")(stats.diff)
 app.command("push")(hub.push)
 app.command("card")(hub.card)
 app.command("list")(hub.list_datasets)

@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
-from hf_reflect.cli import recycle, show
+from hf_reflect.cli import recycle, show, stats
 from hf_reflect.cli.output import quieten_datasets
+from hf_reflect.output import REPORT
 
 
 def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another recipe.")] = False,
 ) -> None:
-    """Recycle a small sample offline, show what changed, and say where the result is."""
+    """Recycle a small sample offline, show what changed, and write a report."""
     from hf_reflect.sources import Source, load_source
 
     quieten_datasets()
@@ -25,3 +26,4 @@ def demo(
     recycle.run(sample, out, {}, overwrite=overwrite)
     typer.echo("\nthe first row that changed:\n")
     show.show(out)
+    typer.echo(f"\nlook at all of it:  {stats.write(out, out / REPORT)}")

@@ -1,12 +1,40 @@
 """`hf-reflect show`: look at single rows of a result."""
 
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from hf_reflect.cli import output
 from hf_reflect.errors import HfReflectError
+from hf_reflect.prompts import PHASES
+from hf_reflect.trail import Entry, Trail
+
+
+class Sort(StrEnum):
+    """What rows are put in order by, the highest first."""
+
+    ifd = "ifd"
+    ifd_original = "ifd_original"
+    ifd_gain = "ifd_gain"
+    rifd = "rifd"
+    rifd_original = "rifd_original"
+    rifd_gain = "rifd_gain"
+
+
+_COLUMNS = [
+    "row_id",
+    "recycled",
+    *(f"{phase}_decision.reason" for phase in PHASES),
+    *(f"{phase}_reflections.list.element.status" for phase in PHASES),
+    *(f"original.{measure}.value" for measure in ("ifd", "rifd")),
+    *(f"{measure}_score.value" for measure in ("ifd", "rifd")),
+]
 
 
 def show(
@@ -14,34 +42,110 @@ def show(
     row: Annotated[
         int | None, typer.Option(min=0, help="The row's index in the source.  [default: the first that changed]")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="The split.  [default: the first]")] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    decision: Annotated[
+        str | None, typer.Option(help="All rows with this decision in either phase, such as not_higher_ifd.")
+    ] = None,
+    status: Annotated[
+        str | None, typer.Option(help="All rows with a reflection of this status, such as refused.")
+    ] = None,
+    sort: Annotated[
+        Sort | None, typer.Option(help="All rows, the highest first; a gain is the score after minus that before.")
+    ] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="With --sort: the lowest first.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
 ) -> None:
-    """Print a pair before and after, with critique, scores and decision.
+    """Print pairs before and after, with critique, scores and decision. Several rows go through your pager.
 
     \b
     hf-reflect show recycled --row 7
+    hf-reflect show recycled --decision not_higher_ifd
+    hf-reflect show recycled --status refused --limit 5
+    hf-reflect show recycled --sort ifd_gain
     """
-    typer.echo(output.pair(_find(_table(out, split), row, out)))
-
-
-def _table(out: Path, split: str | None) -> Any:
-    import pyarrow.parquet as pq
-
-    files = sorted((out / "reflections").glob(f"{split or '*'}-*.parquet"))
-    if not files:
-        what = f"no split {split!r} in it" if split else "no result of a run"
-        raise HfReflectError(f"{out}: there is {what}.")
-    first = files[0].name.split("-")[0]
-    return pq.ParquetDataset([str(file) for file in files if file.name.split("-")[0] == first]).read()
-
-
-def _find(table: Any, row: int | None, out: Path) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
-    wanted = pc.not_equal(table["recycled"], "original") if row is None else pc.equal(table["row_id"], row)
-    found: list[dict[str, Any]] = table.filter(wanted).slice(0, 1).to_pylist()
-    if not found and row is None:
-        found = table.slice(0, 1).to_pylist()
+    trail = Trail(out)
+    if split is not None and split not in trail.splits:
+        raise HfReflectError(f"{out}: there is no split {split!r}; it has {', '.join(trail.splits)}.")
+    splits = [split] if split else trail.splits
+    if decision is None and status is None and sort is None:
+        _print(trail, [_one(trail, splits, row)])
+        return
+    wanted = _Wanted(row, decision, status)
+    found = [
+        (_key(entry.row, sort), entry) for name in splits for entry in trail.scan(name, _COLUMNS) if wanted(entry)
+    ]
     if not found:
-        raise HfReflectError(f"{out}: there is no row {row}; it has rows 0 to {table.num_rows - 1}.")
-    return found[0]
+        raise HfReflectError(f"{out}: no row is like that. {wanted.known}")
+    if sort is not None:  # rows without the score come last, whichever way
+        scored = [(key, entry) for key, entry in found if key is not None]
+        scored.sort(key=lambda one: one[0], reverse=not ascending)
+        found = [*scored, *((key, entry) for key, entry in found if key is None)]
+    _print(trail, [entry for _, entry in found[:limit]])
+
+
+def _one(trail: Trail, splits: list[str], row: int | None) -> Entry:
+    """The row that is asked for; without a number the first that changed, or else the first."""
+    first: Entry | None = None
+    for name in splits:
+        for entry in trail.scan(name, ["row_id", "recycled"]):
+            if entry.row["row_id"] == row or (row is None and entry.row["recycled"] != "original"):
+                return entry
+            first = first or entry
+    if row is None and first is not None:
+        return first
+    raise HfReflectError(f"{trail.folder}: there is no row {row}; it has rows 0 to {trail.rows(splits[0]) - 1}.")
+
+
+@dataclass
+class _Wanted:
+    """Which rows are asked for; remembers what there is, to be able to say it."""
+
+    row: int | None
+    decision: str | None
+    status: str | None
+
+    def __post_init__(self) -> None:
+        self._decisions: set[str] = set()
+        self._statuses: set[str] = set()
+
+    def __call__(self, entry: Entry) -> bool:
+        decisions = {entry.row[f"{phase}_decision"]["reason"] for phase in PHASES}
+        statuses = {reflection["status"] for phase in PHASES for reflection in entry.row[f"{phase}_reflections"]}
+        self._decisions |= decisions
+        self._statuses |= statuses
+        return (
+            (self.row is None or entry.row["row_id"] == self.row)
+            and (self.decision is None or self.decision in decisions)
+            and (self.status is None or self.status in statuses)
+        )
+
+    @property
+    def known(self) -> str:
+        decisions, statuses = (", ".join(sorted(names)) for names in (self._decisions, self._statuses))
+        return f"There are decisions {decisions} and statuses {statuses}."
+
+
+def _key(row: Mapping[str, Any], sort: Sort | None) -> float | None:
+    if sort is None:
+        return None
+    measure, _, which = sort.value.partition("_")
+    before = ((row["original"] or {}).get(measure) or {}).get("value")
+    after = (row[f"{measure}_score"] or {}).get("value")
+    if which == "gain":
+        return None if before is None or after is None else after - before
+    found: float | None = before if which == "original" else after
+    return found
+
+
+def _print(trail: Trail, entries: list[Entry]) -> None:
+    def texts() -> Iterator[str]:
+        for i, entry in enumerate(entries):
+            name = f"{entry.split} " if len(trail.splits) > 1 else ""
+            rule = f"\n{'─' * 80}\n\n" if i else ""
+            yield f"{rule}{output.pair(trail.read(entry.split, entry.position), name)}\n"
+
+    if len(entries) > 1 and sys.stdout.isatty():
+        click.echo_via_pager(texts())
+    else:
+        for text in texts():
+            typer.echo(text, nl=False)
