@@ -7,7 +7,7 @@
 # timeout = "12h"
 # secrets = ["HF_TOKEN"]
 # ///
-"""Recycle an WizardLM-style dataset (instruction, output) and push the result.
+"""Recycle a WizardLM-style dataset (instruction, output) and push the result.
 
 An oracle LLM reflects on every pair, first on the instruction and then on the response; the student keeps the rewrites
 it can learn from (Selective Reflection-Tuning, arXiv 2402.10110).

@@ -4,6 +4,7 @@ Types are always given, never inferred: a batch in which every score is null mus
 holds nothing else.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -160,9 +161,31 @@ def _text_type(type: pa.DataType) -> pa.DataType:
 
 
 def _array(values: list[Any], type: pa.DataType) -> pa.Array:
-    if isinstance(type, pa.JsonType):  # a column of mixed types, as `datasets` reads it
-        import json
+    stored = _storage(type)
+    if stored == type:
+        return pa.array(values, type)
+    return pa.array([_encoded(value, type) for value in values], stored).cast(type)
 
-        encoded = [None if value is None else json.dumps(value) for value in values]
-        return pa.ExtensionArray.from_storage(type, pa.array(encoded, type.storage_type))
-    return pa.array(values, type)
+
+def _storage(type: pa.DataType) -> pa.DataType:
+    """A type with text in place of JSON, as which `datasets` reads what has no one type, such as tool calls."""
+    if isinstance(type, pa.JsonType):
+        return type.storage_type
+    if pa.types.is_list(type):
+        return pa.list_(_storage(type.value_type))
+    if pa.types.is_struct(type):
+        return pa.struct([(field.name, _storage(field.type)) for field in type])
+    return type
+
+
+def _encoded(value: Any, type: pa.DataType) -> Any:
+    """A value of a type as one of its storage."""
+    if value is None:
+        return None
+    if isinstance(type, pa.JsonType):
+        return json.dumps(value)
+    if pa.types.is_list(type):
+        return [_encoded(item, type.value_type) for item in value]
+    if pa.types.is_struct(type):
+        return {field.name: _encoded(value.get(field.name), field.type) for field in type}
+    return value

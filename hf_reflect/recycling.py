@@ -142,7 +142,7 @@ def recycle(
         sampling: How the oracle samples, or the part of it to change; by default greedily, at most as many tokens as
             suit it.
         limits: What asking may cost, how fast it may be and how hard it may try. When the budget is reached, rows that
-            were not asked about stay as they were; run again with a larger one to go on.
+            were not asked about stay as they were; run again, with as much once more, to go on.
         guards: What a rewrite must not do.
         retry_truncated: Asks once more, with room for so many tokens, where a reply was cut off.
         oracle_options: What else `load_oracle` takes with a spec: `model`, `api_key`, `concurrency`, `timeout`,

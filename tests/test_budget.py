@@ -336,7 +336,7 @@ def test_a_command_that_reached_its_budget_says_how_to_go_on(server, words, tmp_
     assert done.exit_code == 0, done.exception
     assert len(server.completions) == 12
     assert "the budget was reached: 28 calls were not made" in done.output
-    assert "Run the same command with a larger budget to go on." in done.output
+    assert "Run the same command again to go on, with as large a budget once more." in done.output
     assert (tmp_path / "out" / "recipe.yaml").is_file()
     larger = CliRunner().invoke(app, [*words, budget[0], "9999", *budget[2:]])
     assert larger.exit_code == 0, larger.exception

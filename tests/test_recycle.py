@@ -45,7 +45,8 @@ def out(tmp_path: Path) -> Path:
 
 def run(source, server, judge, out: Path | None, **options):
     journal = options.pop("journal", None) or (out.parent / "journal")
-    return recycle(source, out, oracle=server.url, student=judge, journal=journal, progress=False, **options)
+    options = {"student": judge, **options}
+    return recycle(source, out, oracle=server.url, journal=journal, progress=False, **options)
 
 
 def read(folder: Path, config: str, split: str = "train") -> list[dict]:
@@ -138,6 +139,28 @@ def test_the_decisions_agree_with_the_scores_beside_them(server, judge, out):
             wins = reflection["status"] == "ok" and new is not None and new < old
             assert row["response_decision"]["kept"] == ("rewrite" if wins else "original")
     assert seen == {"higher_ifd", "not_higher_ifd", "no_rewrite"}
+
+
+def test_messages_of_which_only_some_call_tools_are_recycled_where_they_hold_a_pair(server, judge, out):
+    # `datasets` reads such a column as a list of JSON, not of records.
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 3}}}
+    tool = [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    plain = [{"role": "user", "content": "Name a moon."}, {"role": "assistant", "content": "Io."}]
+    source = out.parent / "chat.jsonl"
+    source.write_text("\n".join(json.dumps({"messages": turns}) for turns in (plain, tool, plain, tool)), "utf-8")
+    recycled, audit = run(source, server, None, out, student=None, method="reflect")
+    first, second = recycled["train"][0], recycled["train"][1]
+    assert second["messages"] == tool
+    assert (second["recycled"], audit["train"][1]["original"]) == ("original", None)
+    assert first["recycled"] == "both"
+    rewrite = audit["train"][0]["response_reflections"][0]["response"]
+    assert [turn["role"] for turn in first["messages"]] == ["user", "assistant"]
+    assert first["messages"][1]["content"] == rewrite
 
 
 def test_duplicates_are_asked_and_scored_once(server, judge, out):

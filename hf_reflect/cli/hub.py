@@ -1,6 +1,7 @@
 """`hf-reflect push`, `card`, `list`, `info`, `register` and `verify`: to the Hub and back."""
 
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def push(
         overwrite=overwrite,
         template=_read(card_template),
     )
-    say_pushed(pushed)
+    say_pushed(pushed, pushed.commit if create_pr else revision)
 
 
 def check_target(repo: str | None) -> None:
@@ -73,12 +74,13 @@ def push_result(out: Path, repo: str | None, private: bool) -> None:
         say_pushed(push_recycled(out, repo, private=private))
 
 
-def say_pushed(pushed: Any) -> None:
+def say_pushed(pushed: Any, revision: str | None = None) -> None:
     """Prints where a result is on the Hub."""
+    where = f', revision="{revision}"' if revision else ""
     if not pushed.changed:
         typer.echo("nothing changed; there is no new commit")
     typer.echo(f"{pushed.url}\ncommit {pushed.commit}, loaded again and compared")
-    typer.echo(f'load it:  datasets.load_dataset("{pushed.repo_id}")')
+    typer.echo(f'load it:  datasets.load_dataset("{pushed.repo_id}"{where})')
 
 
 def card(
@@ -155,7 +157,7 @@ def info(name: Name, revision: Revision = None) -> None:
     for title, text in sections(known.body).items():
         if title.strip() in ("## What changed", "## Decisions"):
             words = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
-            typer.echo(f"\n{printable(words).strip()}")
+            typer.echo(f"\n{printable(unescape(words)).strip()}")
 
 
 def register(

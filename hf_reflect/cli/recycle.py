@@ -232,7 +232,7 @@ def run(
     typer.echo(output.summary(recycled.summary))
     if not_asked := recycled.summary.spent.not_asked:
         typer.echo(f"\nthe budget was reached: {not_asked} calls were not made, and their rows are as they were.")
-        typer.echo("Run the same command with a larger budget to go on.")
+        typer.echo("Run the same command again to go on, with as large a budget once more.")
     output.say_where(out)
 
 

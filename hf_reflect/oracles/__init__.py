@@ -33,7 +33,7 @@ def load_oracle(spec: "str | Oracle", **options: Any) -> Oracle:
     if kind not in _TAKES:
         raise OracleError(
             f"oracle {spec!r}: not one of local, local:PATH.gguf, http(s)://HOST/v1, tgi:URL, hf:MODEL, "
-            "endpoint:NAMESPACE/NAME, replay:DATASET."
+            "endpoint:NAMESPACE/NAME. (replay:DATASET is taken by recycle and by transforms.)"
         )
     given = {name: value for name, value in options.items() if value is not None and name in _TAKES[kind]}
     if kind in ("local", "hf") and options.get("model"):

@@ -112,7 +112,7 @@ class Prompts:
 
     @property
     def id(self) -> str:
-        """Name, version and a hash of the texts: what a report quotes and a recipe compares."""
+        """What a report quotes and a recipe compares, made of name, version and a hash of the texts."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.name}/{self.version}/{digest}"
 
