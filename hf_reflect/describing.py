@@ -154,8 +154,8 @@ class Description:
 
     def tables(self) -> list[Table]:
         """What a person wants to see of it, the most important first."""
-        made = [self._means(), self._outcomes(), self._decisions(), self._statuses(), self._quantiles()]
-        made += [self._correlated(), self._grown(), self._cost()]
+        made = [self._means(), self._outcomes(), self._decisions(), self._statuses(), self._reasons()]
+        made += [self._grown(), self._cost(), self._correlated(), self._quantiles()]
         return [table for table in made if table.rows]
 
     def __str__(self) -> str:
@@ -196,9 +196,14 @@ class Description:
         return Table("Decisions", ("phase", "decision", "rows"), rows)
 
     def _statuses(self) -> Table:
-        rows = [[phase, status, "", str(count)] for (phase, status), count in sorted(self.summary.statuses.items())]
-        rows += [[*why, str(count)] for why, count in _ranked(self.summary.reasons)[:_MOST_REASONS]]
-        return Table("Reflections", ("phase", "status", "reason", "count"), sorted(rows))
+        rows = [[phase, status, str(count)] for (phase, status), count in sorted(self.summary.statuses.items())]
+        return Table("Reflections", ("phase", "status", "count"), rows)
+
+    def _reasons(self) -> Table:
+        ranked = _ranked(self.summary.reasons)
+        rows = [[*why, str(count)] for why, count in ranked[:_MOST_REASONS]]
+        note = f"The {_MOST_REASONS} most frequent of {len(ranked)}." if len(ranked) > _MOST_REASONS else ""
+        return Table("What gave no rewrite, and why", ("phase", "status", "reason", "count"), rows, note)
 
     def _quantiles(self) -> Table:
         rows = []

@@ -227,7 +227,8 @@ def _draw_length(figure: Any, description: Description) -> None:
         scores.append(ifd[there])
         marker = "o" if stage == "original" else "^"
         points = lengths[there][:_MOST_POINTS], ifd[there][:_MOST_POINTS]
-        axes.scatter(*points, s=9, color=colour, marker=marker, alpha=0.45, linewidth=0, label=label)
+        size = min(36.0, max(9.0, 3000 / max(1, len(points[0]))))  # few dots are large enough to be found
+        axes.scatter(*points, s=size, color=colour, marker=marker, alpha=0.45, linewidth=0, label=label)
     axes.axhline(1, color=INK, linewidth=0.8, alpha=0.6)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -1,8 +1,12 @@
 """Small tables of text, as they are shown on a terminal, on a card and in a page."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Table:
         """For a terminal: words to the left, numbers to the right."""
         columns = list(zip(self.header, *self.rows, strict=True))
         padded = [_padded(column) for column in columns]
-        return "\n".join([self.title, *("  " + "  ".join(line).rstrip() for line in zip(*padded, strict=True))])
+        lines = ["  " + "  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+        return "\n".join([self.title, *lines, *textwrap.wrap(self.note, _WIDTH)])
 
     def to_html(self) -> str:
         """For a page; everything in it is escaped."""
