@@ -34,18 +34,25 @@ class Table:
 
     def to_html(self) -> str:
         """For a page; everything in it is escaped."""
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.header)
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in self.rows)
+        numeric = [_numeric(column) for column in zip(self.header, *self.rows, strict=True)]
+        head = _line("th", self.header, numeric)
+        body = "".join(_line("td", row, numeric) for row in self.rows)
         note = f"<p>{escape(self.note)}</p>" if self.note else ""
         caption = f"<caption>{escape(self.title)}</caption>"
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>{note}"
 
 
-def _cell(text: str) -> str:
-    return f"<td>{escape(text)}</td>"
+def _line(kind: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    marked = zip(cells, numeric, strict=True)
+    made = (f"<{kind}{' class=number' if number else ''}>{escape(cell)}</{kind}>" for cell, number in marked)
+    return f"<tr>{''.join(made)}</tr>"
+
+
+def _numeric(column: Sequence[str]) -> bool:
+    """Whether all cells below the head are numbers."""
+    return all(not cell or cell[0] in "0123456789+-–" for cell in column[1:])
 
 
 def _padded(column: Sequence[str]) -> list[str]:
     width = max(map(len, column))
-    numeric = all(not cell or cell[0] in "0123456789+-–" for cell in column[1:])
-    return [cell.rjust(width) if numeric else cell.ljust(width) for cell in column]
+    return [cell.rjust(width) if _numeric(column) else cell.ljust(width) for cell in column]
