@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 from hf_reflect import Prompts, describe, write_report
 from hf_reflect.columns import REFLECTIONS, TYPES
 from hf_reflect.recipe import Recipe
-from hf_reflect.trail import BATCH, Trail
+from hf_reflect.trail import Trail
 
 
 WORDS = "name list three of the best ways to cook rice and explain why each of them works well at home".split()  # noqa: SIM905
 SCHEMA = pa.schema([(name, TYPES[name]) for name in REFLECTIONS])
 REPORTED = 50_000
+ROW_GROUP = 1000
 
 
 def main() -> None:
@@ -89,12 +90,11 @@ def _write(folder: Path, rows: int) -> None:
         version="0",
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-    shards = [[_row(i, chance) for i in range(BATCH)] for _ in range(20)]
+    shards = [pa.Table.from_pylist([_row(i, chance) for i in range(ROW_GROUP)], SCHEMA) for _ in range(20)]
     with pq.ParquetWriter(folder / "reflections" / "train-00000-of-00001-0.parquet", SCHEMA) as writer:
-        for start in range(0, rows, BATCH):
-            shard = chance.choice(shards)[: rows - start]
-            table = pa.Table.from_pylist(shard, SCHEMA)
-            ids = pa.array(range(start, start + len(shard)), pa.int64())
+        for start in range(0, rows, ROW_GROUP):
+            table = chance.choice(shards).slice(0, rows - start)
+            ids = pa.array(range(start, start + len(table)), pa.int64())
             writer.write_table(table.set_column(0, "row_id", ids))
     pq.write_table(pa.table({"row_id": pa.array([], pa.int64())}), folder / "data" / "train-00000-of-00001-0.parquet")
 

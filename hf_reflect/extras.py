@@ -10,10 +10,10 @@ from hf_reflect.columns import TURN
 from hf_reflect.embedded import content_hash
 from hf_reflect.errors import HubError
 from hf_reflect.ranking import TopFraction
+from hf_reflect.trail import Trail
 
 
 EXTRAS = ("preference", "selected")
-_BATCH = 500
 
 _TURNS = pa.list_(TURN)
 _PREFERENCE = {
@@ -42,14 +42,11 @@ def write_preference(folder: Path, target: Path) -> dict[str, str]:
     Raises:
         HubError: no response was replaced.
     """
-    import pyarrow.parquet as pq
-
-    found = {}
-    for file in sorted((folder / "reflections").glob("*.parquet")):
-        batches = pq.ParquetFile(file).iter_batches(_BATCH)
-        pairs = [_preference(row) for batch in batches for row in batch.to_pylist() if _replaced(row)]
+    trail, found = Trail(folder), {}
+    for split in trail.splits:
+        pairs = [_preference(row) for rows in trail.batches(split) for row in rows if _replaced(row)]
         if pairs:
-            found[file.name.split("-")[0]] = pairs
+            found[split] = pairs
     if not found:
         raise HubError(f"{folder}: the student replaced no response, so there is no pair to prefer one of.")
     as_turns = any(len(pair["prompt"]) > 1 for pairs in found.values() for pair in pairs)

@@ -18,6 +18,7 @@ from hf_reflect.oracles.faults import Fault, read_fault, redact
 from hf_reflect.output import FOLDERS, README, DataFiles
 from hf_reflect.plotting import PATHS
 from hf_reflect.recipe import FILE, TaskRecipe, read_task
+from hf_reflect.trail import record_batches
 
 
 if TYPE_CHECKING:
@@ -395,7 +396,7 @@ def _compare(bundle: _Bundle, pushed: Pushed, token: str | None) -> None:
             if sent.metadata.num_rows != len(arrived) or sent.schema_arrow.names != arrived.column_names:
                 raise _differs(pushed, config, name, f"{len(arrived)} rows of {', '.join(arrived.column_names)}")
             table, start = arrived.with_format("arrow"), 0
-            for batch in sent.iter_batches(_COMPARED_AT_ONCE):
+            for batch in record_batches(sent, _COMPARED_AT_ONCE):
                 rows = table[start : start + len(batch)]
                 if not rows.equals(type(rows).from_batches([batch]).cast(rows.schema)):
                     raise _differs(pushed, config, name, f"other values among rows {start} to {start + len(batch)}")

@@ -23,6 +23,7 @@ PICTURES = "pictures"
 REPORT = "report.html"
 """Where the report is written unless somebody wants it elsewhere."""
 
+_ROW_GROUP = 1000
 _OURS = {README, FILE, PICTURES, REPORT, *FOLDERS.values()}
 
 DataFiles = dict[str, dict[str, str]]
@@ -45,7 +46,7 @@ class OutputFolder:
         self.path = Path(path).expanduser().resolve()
         self.recipe = recipe
         self._staging = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        self._writers: dict[tuple[str, str], Any] = {}
+        self._writers: dict[tuple[str, str], _Writer] = {}
         try:
             self._clear_leftovers()
             self._check_destination(overwrite)
@@ -59,8 +60,6 @@ class OutputFolder:
         Raises:
             OutputError: the disk is full, or the like.
         """
-        import pyarrow.parquet as pq
-
         if not len(rows):
             return  # `datasets` opens no file without rows
         table = rows.with_format("arrow")[:]
@@ -69,9 +68,9 @@ class OutputFolder:
             if writer is None:
                 folder = self._staging / FOLDERS[config]
                 folder.mkdir(exist_ok=True)
-                writer = pq.ParquetWriter(folder / f"{split}.parquet", rows.features.arrow_schema)
+                writer = _Writer(folder / f"{split}.parquet", rows.features.arrow_schema)
                 self._writers[config, split] = writer
-            writer.write_table(table.cast(writer.schema))
+            writer.write(table)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -159,6 +158,35 @@ class OutputFolder:
             f"{self.path}: can't be written: {error.strerror or error}. "
             "What was paid for is in the journal: run the same command again to go on."
         )
+
+
+class _Writer:
+    """Writes a Parquet file in row groups of a thousand rows or more, as the Hub wants them.
+
+    Each row group costs every reader memory: a million rows in groups of a shard took 1.5 GB to open.
+    """
+
+    def __init__(self, file: Path, schema: Any) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema, self._file = schema, pq.ParquetWriter(file, schema)
+        self._waiting: list[Any] = []
+
+    def write(self, table: Any) -> None:
+        self._waiting.append(table.cast(self._schema))
+        if sum(map(len, self._waiting)) >= _ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._file.write_table(pa.concat_tables(self._waiting))
+        self._waiting = []
 
 
 def write_whole(file: Path, content: bytes) -> None:

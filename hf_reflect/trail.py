@@ -86,9 +86,8 @@ class Trail:
     def batches(self, split: str, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
         """Likewise, some hundred rows at once."""
         file = self._files[split]
-        every = [column.path for column in file.schema]
-        wanted = columns or [path for path in every if not path.endswith(RAW)]
-        for batch in file.iter_batches(BATCH, columns=list(wanted)):
+        wanted = columns or [column.path for column in file.schema if not column.path.endswith(RAW)]
+        for batch in record_batches(file, BATCH, wanted):
             yield batch.to_pylist()
 
     def read(self, split: str, position: int) -> dict[str, Any]:
@@ -101,3 +100,17 @@ class Trail:
 
     def _read_group(self, split: str, group: int) -> Any:
         return self._files[split].read_row_group(group)
+
+
+def record_batches(file: Any, size: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The rows of a Parquet file in batches, in bounded memory.
+
+    One row group after another: over a whole file `iter_batches` holds on to all that it has read.
+
+    Args:
+        file: A `pyarrow.parquet.ParquetFile`.
+        size: Most rows of a batch.
+        columns: Paths of columns and fields; all if not given.
+    """
+    for group in range(file.metadata.num_row_groups):
+        yield from file.iter_batches(size, row_groups=[group], columns=columns and list(columns))
