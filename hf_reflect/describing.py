@@ -290,14 +290,14 @@ def number(quantity: str, value: float) -> str:
 
 
 def change_text(quantity: str, change: Change | None) -> str:
-    """A change with its interval."""
+    """A change with its interval and the number of rows behind it."""
     if change is None:
         return _NONE
     text = _signed(quantity, change.mean)
-    if change.interval is None:
-        return text
-    low, high = (_signed(quantity, bound) for bound in change.interval)
-    return f"{text} [{low}, {high}]"
+    if change.interval is not None:
+        low, high = (_signed(quantity, bound) for bound in change.interval)
+        text = f"{text} [{low}, {high}]"
+    return f"{text} (n={change.n})"
 
 
 def _signed(quantity: str, value: float) -> str:

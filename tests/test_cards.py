@@ -427,7 +427,7 @@ def test_means_are_over_what_was_scored_and_say_of_how_many():
     assert found["ifd"] == ("0.500 (n=2)", "0.750 (n=2)")  # (0.25 + 0.75) / 2 and (0.5 + 1) / 2
     assert "rifd" not in found  # no row has it
     # Both rows gained 0.25, so whichever rows a bootstrap draws, the mean is that.
-    change = "+0.250 [+0.250, +0.250]"
+    change = "+0.250 [+0.250, +0.250] (n=2)"
     assert ["ifd", "0.500 (n=2)", "0.750 (n=2)", change] in table(card(), "mean", "before", "after", "change")
 
 
