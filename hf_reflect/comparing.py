@@ -1,5 +1,7 @@
 """Two runs over the same rows, held against each other: another oracle, another student, other settings."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +71,7 @@ class Comparison:
 
     def add(self, split: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         """Takes a row that both have into account."""
-        if _text(one["original"]) != _text(other["original"]):
+        if _given(one["original"]) != _given(other["original"]):
             self.others += 1
             return
         self.matched += 1
@@ -139,7 +141,7 @@ class Comparison:
             if any(found):
                 rows.append([quantity, *(f"{number(quantity, d.mean)} (n={d.n})" if d else _NONE for d in found)])
         note = ""
-        if "student" in self.settings:
+        if any(name.startswith("student") for name in self.settings):
             note = "Scores and perplexities of different students can't be compared with each other."
         return Table("Means of the result", ("mean", *self.names), rows, note)
 
@@ -199,6 +201,11 @@ def _text(pair: Mapping[str, Any] | None) -> tuple[str, ...] | None:
     return None if pair is None else tuple(pair[part] or "" for part in ("instruction", "input", "response"))
 
 
+def _given(original: Mapping[str, Any] | None) -> Any:
+    """What was recycled: the pair, and the turns before it."""
+    return None if original is None else (_text(original), original.get("context") or [])
+
+
 def _transitions(counts: Mapping[Any, int]) -> list[list[str]]:
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [[*names, str(count)] for names, count in ranked]
@@ -206,26 +213,29 @@ def _transitions(counts: Mapping[Any, int]) -> list[list[str]]:
 
 def _settings(one: Recipe, other: Recipe) -> dict[str, tuple[str, str]]:
     """What differs between two recipes, in words."""
-    said = [
-        {
-            "source": ", ".join(f"{key} {value}" for key, value in recipe.source.items() if value is not None),
-            "method": recipe.method,
-            "keep": recipe.keep,
-            "gate first": str(recipe.gate_first),
-            "oracle": ", ".join(str(oracle["identity"].get("model")) for oracle in recipe.oracles),
-            "prompts": ", ".join(f"{o['prompts']['name']} {o['prompts']['version']}" for o in recipe.oracles),
-            "sampling": ", ".join(str(dict(oracle["sampling"])) for oracle in recipe.oracles),
-            "student": _student(recipe),
-            "guards": str(dict(recipe.guards)),
-        }
-        for recipe in (one, other)
-    ]
-    return {name: (said[0][name], said[1][name]) for name in said[0] if said[0][name] != said[1][name]}
+    said = [dict(_said(recipe)) for recipe in (one, other)]
+    names = dict.fromkeys(name for settings in said for name in settings)
+    values = {name: (said[0].get(name, "none"), said[1].get(name, "none")) for name in names}
+    return {name: both for name, both in values.items() if both[0] != both[1]}
 
 
-def _student(recipe: Recipe) -> str:
-    if recipe.student is None:
-        return "none"
-    identity = recipe.student["identity"]
-    known = [f"{key} {identity[key]}" for key in ("template", "boundary", "measure", "dtype") if key in identity]
-    return ", ".join([str(identity["model"]), *known])
+def _said(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "source", ", ".join(f"{key} {value}" for key, value in recipe.source.items() if value is not None)
+    yield "method", recipe.method
+    yield "keep", recipe.keep
+    yield "gate first", str(recipe.gate_first)
+    yield "retry truncated", str(recipe.retry_truncated)
+    yield "guards", str(dict(recipe.guards))
+    for i, oracle in enumerate(recipe.oracles):
+        name = f"oracle {i + 1}" if i else "oracle"
+        for key, value in oracle["identity"].items():
+            yield f"{name} {key}" if key != "model" else name, str(value)
+        prompts = oracle["prompts"]
+        yield f"{name} prompts", f"{prompts['name']} {prompts['version']} ({_digest(prompts)})"
+        yield f"{name} sampling", str(dict(oracle["sampling"]))
+    for key, value in (recipe.student or {}).get("identity", {}).items():
+        yield f"student {key}" if key != "model" else "student", str(value)
+
+
+def _digest(texts: Any) -> str:
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:8]

@@ -275,7 +275,7 @@ def describe(
         Means, medians, quantiles, changes with their intervals, correlations with length, counts and cost.
 
     Raises:
-        RecipeError: there is no result of a run, or the extra or the model for the coherence is missing.
+        HfReflectError: there is no result of a run, or the extra or the model for the coherence is missing.
     """
     embed = None if coherence is None else load_embedder(coherence)
     summary = Summary.of_folder(Path(folder), embed)

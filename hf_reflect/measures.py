@@ -215,7 +215,7 @@ def _question(pair: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return math.nan if value is None or not math.isfinite(value) else value
 
 
 def _perplexity(loss: float | None) -> float:

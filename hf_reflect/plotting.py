@@ -115,10 +115,10 @@ def _drawable(description: Description) -> Iterator[tuple[_Plot, str]]:
 
 
 def _png(plot: _Plot, description: Description) -> bytes:
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    style = {
+    look = {
         "text.parse_math": False,  # a status may come from somebody else's file
         "text.color": INK,
         "axes.labelcolor": INK,
@@ -131,7 +131,7 @@ def _png(plot: _Plot, description: Description) -> bytes:
         "font.size": 9.5,
         "legend.frameon": False,
     }
-    with rc_context(style):
+    with style.context(["default", look]):  # whatever the user's own settings are
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor=GROUND)
         plot.draw(figure, description)
         file = io.BytesIO()
@@ -183,7 +183,7 @@ def _density(
         return
     label = f"{label}, median {np.median(column):.2f} (n={len(column)})"
     shown = column[column <= high][:_MOST_POINTS]  # one far away would smooth all the others flat
-    if len(shown) < 2 or np.ptp(shown) == 0:  # nothing to smooth
+    if len(shown) < 2 or np.ptp(shown) < (high - low) / _GRID:  # nothing to smooth
         axes.axvline(np.median(column), color=colour, label=label, linestyle=dash)
         return
     grid = np.linspace(low, high, _GRID)
@@ -197,7 +197,7 @@ def _span(columns: Sequence["np.ndarray[Any, Any]"]) -> tuple[float, float]:
     import numpy as np
 
     every = np.concatenate(columns)
-    high = max(1.1, float(np.quantile(every, 0.99)) * 1.05)
+    high = max(1.1, float(np.quantile(every, 0.99, method="lower")) * 1.05)
     return min(0.0, float(every.min())), high
 
 
@@ -317,9 +317,7 @@ def _draw_ribbons(
         begun["left", one] += count
         begun["right", other] += count
         top = start + (end - start) * ease
-        axes.fill_between(
-            at + 0.06 + x * 0.88, top, top + count / total, color=_OUTCOMES[other], alpha=0.3, linewidth=0
-        )
+        axes.fill_between(at + 0.06 + x * 0.88, top, top + count / total, color=_colour(other), alpha=0.3, linewidth=0)
 
 
 def _summed(flows: Counter[Any], at: int) -> Counter[str]:
@@ -347,7 +345,9 @@ def _draw_statuses(figure: Any, description: Description) -> None:
         counts = [by_phase[phase][status] for phase in by_phase]
         colour = _COLOURS[i % len(_COLOURS)]
         label = f"{status} ({sum(counts)})"
-        axes.barh(list(by_phase), counts, left=list(left.values()), color=colour, label=label, edgecolor=GROUND)
+        hatch = "//" * (i // len(_COLOURS))
+        bars = {"color": colour, "hatch": hatch, "edgecolor": GROUND, "label": label}
+        axes.barh(list(by_phase), counts, left=list(left.values()), **bars)
         for phase, count in zip(by_phase, counts, strict=True):
             left[phase] += count
     axes.invert_yaxis()
@@ -363,7 +363,8 @@ def _by_phase(description: Description) -> dict[str, Counter[str]]:
 
 
 def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {name}" for name, count in ranked)
 
 
 def _column(description: Description, stage: str, quantity: str) -> "np.ndarray[Any, Any]":

@@ -27,7 +27,8 @@ class Table:
 
     def to_text(self) -> str:
         """For a terminal: words to the left, numbers to the right."""
-        columns = list(zip(self.header, *self.rows, strict=True))
+        flat = [[" ".join(cell.split()) for cell in row] for row in (self.header, *self.rows)]
+        columns = list(zip(*flat, strict=True))
         padded = [_padded(column) for column in columns]
         lines = ["  " + "  ".join(line).rstrip() for line in zip(*padded, strict=True)]
         return "\n".join([self.title, *lines, *textwrap.wrap(self.note, _WIDTH)])

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -29,7 +30,7 @@ class Entry:
 
     Attributes:
         split: Its split.
-        position: Its place in the split's file.
+        position: Its place in the split.
         row: The columns that were asked for.
     """
 
@@ -45,30 +46,34 @@ class Trail:
         folder: What a run wrote.
 
     Raises:
-        SourceError: there is no result of a run in it.
+        SourceError: there is no result of a run in it, or a file is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         import pyarrow.parquet as pq
 
         self.folder = Path(folder)
-        files = {file.name.split("-")[0]: file for file in (self.folder / "reflections").glob("*.parquet")}
-        if not files:
+        self._groups: dict[str, list[tuple[Any, int]]] = {}
+        with self._reading():
+            for file in sorted((self.folder / "reflections").glob("*.parquet"), key=_order):
+                opened = pq.ParquetFile(file)
+                groups = [(opened, group) for group in range(opened.metadata.num_row_groups)]
+                self._groups.setdefault(file.name.split("-")[0], []).extend(groups)
+        if not self._groups:
             raise SourceError(
                 f"{folder}: has no files of config reflections: it is no result of a run, or they are gone. Make it "
                 "again, which costs nothing."
             )
-        self._files = {split: pq.ParquetFile(files[split]) for split in sorted(files, key=split_order)}
         self._group = lru_cache(_GROUPS_HELD)(self._read_group)
 
     @property
     def splits(self) -> list[str]:
         """The splits, `train` first."""
-        return list(self._files)
+        return list(self._groups)
 
     def rows(self, split: str) -> int:
         """How many rows a split has."""
-        return int(self._files[split].metadata.num_rows)
+        return sum(self._sizes(split))
 
     def scan(self, split: str, columns: Sequence[str] | None = None) -> Iterator[Entry]:
         """All rows of a split in order.
@@ -85,32 +90,47 @@ class Trail:
 
     def batches(self, split: str, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
         """Likewise, some hundred rows at once."""
-        file = self._files[split]
-        wanted = columns or [column.path for column in file.schema if not column.path.endswith(RAW)]
-        for batch in record_batches(file, BATCH, wanted):
-            yield batch.to_pylist()
+        with self._reading():
+            for file, group in self._groups[split]:
+                wanted = columns or [column.path for column in file.schema if not column.path.endswith(RAW)]
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=list(wanted)):
+                    yield batch.to_pylist()
 
     def read(self, split: str, position: int) -> dict[str, Any]:
         """One row, whole."""
-        metadata = self._files[split].metadata
-        starts = [0, *accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
-        group = bisect_right(starts, position) - 1
-        row: dict[str, Any] = self._group(split, group).slice(position - starts[group], 1).to_pylist()[0]
+        starts = [0, *accumulate(self._sizes(split))]
+        at = bisect_right(starts, position) - 1
+        with self._reading():
+            row: dict[str, Any] = self._group(split, at).slice(position - starts[at], 1).to_pylist()[0]
         return row
 
-    def _read_group(self, split: str, group: int) -> Any:
-        return self._files[split].read_row_group(group)
+    def _sizes(self, split: str) -> list[int]:
+        return [file.metadata.row_group(group).num_rows for file, group in self._groups[split]]
+
+    def _read_group(self, split: str, at: int) -> Any:
+        file, group = self._groups[split][at]
+        return file.read_row_group(group)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Says where a file is damaged."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            why = " ".join(str(error).split())
+            raise SourceError(f"{self.folder}: can't be read: {why}. Make it again, which costs nothing.") from error
 
 
-def record_batches(file: Any, size: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """The rows of a Parquet file in batches, in bounded memory.
+def record_batches(file: Any, size: int) -> Iterator[Any]:
+    """The rows of a `pyarrow.parquet.ParquetFile` in batches, in bounded memory.
 
     One row group after another: over a whole file `iter_batches` holds on to all that it has read.
-
-    Args:
-        file: A `pyarrow.parquet.ParquetFile`.
-        size: Most rows of a batch.
-        columns: Paths of columns and fields; all if not given.
     """
     for group in range(file.metadata.num_row_groups):
-        yield from file.iter_batches(size, row_groups=[group], columns=columns and list(columns))
+        yield from file.iter_batches(size, row_groups=[group])
+
+
+def _order(file: Path) -> tuple[bool, str, str]:
+    return *split_order(file.name.split("-")[0]), file.name

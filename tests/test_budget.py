@@ -250,7 +250,7 @@ def test_rows_that_were_not_asked_about_are_skipped_with_a_reason_and_stay_as_th
         if not any(one["calls"] for one in row["instruction_reflections"] + row["response_reflections"]):
             assert {name: after[name] for name in before} == before
             assert after["recycled"] == "original"
-    assert {path.name for path in out.iterdir()} == {"README.md", "recipe.yaml", "data", "reflections"}
+    assert {path.name for path in out.iterdir()} == {"README.md", "recipe.yaml", "data", "reflections", "pictures"}
 
 
 @pytest.mark.parametrize("kind", BUDGETS)

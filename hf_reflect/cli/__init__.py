@@ -8,6 +8,7 @@ import typer
 
 from hf_reflect import __version__
 from hf_reflect.cli import demo, estimate, hub, journal, recycle, score, show, stats
+from hf_reflect.cli.output import printable
 from hf_reflect.errors import HfReflectError
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         app()
     except HfReflectError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         _interrupted()

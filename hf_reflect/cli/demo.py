@@ -23,7 +23,8 @@ def demo(
         loaded = load_source(file)
     where = {**loaded.provenance, "path": "hf_reflect/data/sample.jsonl"}  # wherever it is installed
     sample = Source(loaded.splits, where, single=False, about={"license": "apache-2.0", "language": ["en"]})
-    recycle.run(sample, out, {}, overwrite=overwrite)
+    # One reply at a time: what llama.cpp writes depends on what it computes beside it.
+    recycle.run(sample, out, {}, server={"concurrency": 1}, overwrite=overwrite)
     typer.echo("\nthe first row that changed:\n")
     show.show(out)
     typer.echo(f"\nlook at all of it:  {stats.write(out, out / REPORT)}")

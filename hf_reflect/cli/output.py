@@ -50,8 +50,8 @@ def pair(row: Mapping[str, Any], split: str = "") -> str:
     """One row of config `reflections`, before and after, with the words in colour that differ."""
     title = typer.style(printable(f"{split}row {row['row_id']}: {row['recycled']}"), bold=True)
     if row["original"] is None:
-        reasons = [reflection["reason"] for reflection in row["instruction_reflections"]]
-        return f"{title}\n\nno pair could be read: {printable(reasons[0])}"
+        reasons = [reflection["reason"] or "" for reflection in row["instruction_reflections"]]
+        return f"{title}\n\nno pair could be read: {printable(reasons[0] or '')}"
     before, after = row["original"], final_pair(row)
     blocks = [title]
     for part in ("instruction", "input", "response"):

@@ -67,7 +67,9 @@ def show(
     if split is not None and split not in trail.splits:
         raise HfReflectError(f"{out}: there is no split {split!r}; it has {', '.join(trail.splits)}.")
     splits = [split] if split else trail.splits
-    if decision is None and status is None and sort is None:
+    if ascending and sort is None:
+        raise HfReflectError("--ascending needs --sort: in what order?")
+    if decision is None and status is None and sort is None and limit is None:
         _print(trail, [_one(trail, splits, row)])
         return
     wanted = _Wanted(row, decision, status)
@@ -93,7 +95,7 @@ def _one(trail: Trail, splits: list[str], row: int | None) -> Entry:
             first = first or entry
     if row is None and first is not None:
         return first
-    raise HfReflectError(f"{trail.folder}: there is no row {row}; it has rows 0 to {trail.rows(splits[0]) - 1}.")
+    raise HfReflectError(f"{trail.folder}: there is no row {row} in {', '.join(splits)}.")
 
 
 @dataclass

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,12 @@ def write_report(
 
     Raises:
         RecipeError: there is no recipe of a run.
-        SourceError: there are no rows of a run.
-        OutputError: the file can't be written, or the result is damaged.
+        SourceError: there are no rows of a run, or they are damaged.
+        OutputError: the file can't be written.
     """
     source, target = Path(folder), Path(file).expanduser().resolve()
     recipe = Recipe.read(source)
-    with _reading(source):
-        trail = Trail(source)
+    trail = Trail(source)
     total = sum(map(trail.rows, trail.splits))
     page = _template().generate(
         card=CardData(recipe, Summary(), {}, source.resolve().name, str(folder)),
@@ -159,25 +158,12 @@ def _sample(trail: Trail, wanted: int) -> Iterator[Entry]:
     k = min(wanted, total)
     positions = (int((i + 0.5) * total / k) for i in range(k))
     position, place = next(positions, None), 0
-    with _reading(trail.folder):
-        for split in trail.splits:
-            for entry in trail.scan(split):
-                if place == position:
-                    yield entry
-                    position = next(positions, None)
-                place += 1
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Says where a file of the result is damaged."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise OutputError(f"{folder}: can't be read: {reason}. Run the command that made it again.") from error
+    for split in trail.splits:
+        for entry in trail.scan(split):
+            if place == position:
+                yield entry
+                position = next(positions, None)
+            place += 1
 
 
 def _resource(name: str) -> str:
