@@ -13,7 +13,8 @@ from hf_reflect.errors import SourceError
 from hf_reflect.measures import QUANTITIES
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import Recipe
-from hf_reflect.summary import Summary, final_pair
+from hf_reflect.selection import Keep
+from hf_reflect.summary import LEFT_OUT, Summary, final_pair, policy_of, result_of
 from hf_reflect.tables import Table
 from hf_reflect.trail import Trail
 
@@ -24,13 +25,13 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Changed:
-    """A row on which two runs decided otherwise.
+    """A row that differs between two results.
 
     Attributes:
         split: Its split.
         row: Its index in the source.
-        before: What became of it in the first run.
-        after: What became of it in the second.
+        before: What it is in the result of the first run.
+        after: What it is in that of the second.
         decisions: By phase, the reasons in the first and in the second, where they differ.
     """
 
@@ -49,18 +50,20 @@ class Comparison:
         names: Where they are.
         settings: What they were made with, where that differs.
         descriptions: The statistics of each.
+        policies: Which rows each keeps.
         matched: Rows that both have, with the same original.
         only: Rows that only the first has, and only the second.
         others: Rows that both have, with another original.
-        same: Rows that end with the same text.
-        recycled: Rows by what became of them in the first and in the second.
+        same: Rows that both results have, with the same text.
+        recycled: Rows by what they are in the result of the first and of the second.
         decisions: Rows by phase, reason in the first, and reason in the second.
-        changed: The first rows on which they decided otherwise.
+        changed: The first rows that are something else in the two results, or end with another text.
     """
 
     names: tuple[str, str]
     settings: dict[str, tuple[str, str]]
     descriptions: tuple[Description, Description]
+    policies: tuple[Keep, Keep] = ("all", "all")
     matched: int = 0
     only: list[int] = field(default_factory=lambda: [0, 0])
     others: int = 0
@@ -75,15 +78,16 @@ class Comparison:
             self.others += 1
             return
         self.matched += 1
-        self.recycled[one["recycled"], other["recycled"]] += 1
+        first, second = (result_of(row, policy) for row, policy in zip((one, other), self.policies, strict=True))
+        self.recycled[first, second] += 1
         reasons = {phase: tuple(row[f"{phase}_decision"]["reason"] for row in (one, other)) for phase in PHASES}
-        for phase, (first, second) in reasons.items():
-            self.decisions[phase, first, second] += 1
-        if one["original"] is None or _text(final_pair(one)) == _text(final_pair(other)):
-            self.same += 1
-        differing = {phase: (first, second) for phase, (first, second) in reasons.items() if first != second}
-        if (differing or one["recycled"] != other["recycled"]) and len(self.changed) < _MOST_CHANGED:
-            self.changed.append(Changed(split, one["row_id"], one["recycled"], other["recycled"], differing))
+        for phase, (a, b) in reasons.items():
+            self.decisions[phase, a, b] += 1
+        same = one["original"] is None or _text(final_pair(one)) == _text(final_pair(other))
+        self.same += same and LEFT_OUT not in (first, second)
+        if (not same or first != second) and len(self.changed) < _MOST_CHANGED:
+            differing = {phase: (a, b) for phase, (a, b) in reasons.items() if a != b}
+            self.changed.append(Changed(split, one["row_id"], first, second, differing))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON-able values."""
@@ -111,6 +115,9 @@ class Comparison:
             "statistics": [description.to_dict() for description in self.descriptions],
         }
 
+    def _repr_html_(self) -> str:
+        return "".join(table.to_html() for table in self.tables())
+
     def tables(self) -> list[Table]:
         """What a person wants to see of it, the most important first."""
         first, second = self.names
@@ -118,7 +125,7 @@ class Comparison:
         made = [
             Table("Settings that differ", ("setting", first, second), settings),
             Table("Rows", ("rows", "count"), self._counted()),
-            Table("What became of the rows", (first, second, "rows"), _transitions(self.recycled)),
+            Table("What the rows are in the result", (first, second, "rows"), _transitions(self.recycled)),
             Table("Decisions", ("phase", first, second, "rows"), _transitions(self.decisions)),
             self._means(),
         ]
@@ -126,13 +133,13 @@ class Comparison:
 
     def _counted(self) -> list[list[str]]:
         counts = {
-            "in both": self.matched,
-            "that end with the same text": self.same,
+            "in both sources": self.matched,
+            "in both results, with the same text": self.same,
             f"only in {self.names[0]}": self.only[0],
             f"only in {self.names[1]}": self.only[1],
             "in both, with another original": self.others,
         }
-        return [[name, str(count)] for name, count in counts.items() if count or name == "in both"]
+        return [[name, str(count)] for name, count in counts.items() if count or name == "in both sources"]
 
     def _means(self) -> Table:
         rows = []
@@ -159,8 +166,9 @@ def compare(first: str | Path, second: str | Path) -> Comparison:
         HfReflectError: one of them is no result of a run, or they have no row in common.
     """
     recipes = [Recipe.read(folder) for folder in (first, second)]
+    policies = policy_of(recipes[0]), policy_of(recipes[1])
     one, other = (Description.of(Summary.of_folder(Path(folder))) for folder in (first, second))
-    found = Comparison((str(first), str(second)), _settings(*recipes), (one, other))
+    found = Comparison((str(first), str(second)), _settings(*recipes), (one, other), policies)
     trails = Trail(first), Trail(second)
     for split in dict.fromkeys(split for trail in trails for split in trail.splits):
         for left, right in _matched(*(_scan(trail, split) for trail in trails)):
@@ -168,7 +176,7 @@ def compare(first: str | Path, second: str | Path) -> Comparison:
                 found.only[0 if right is None else 1] += 1
             else:
                 found.add(split, left, right)
-    if not found.matched and not found.others:
+    if not found.matched:
         raise SourceError(f"{first} and {second} have no row in common: they were made from other sources.")
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_reflect.embeddings import load_embedder
+from hf_reflect.errors import RecipeError
 from hf_reflect.measures import QUANTITIES, STAGES, Measures
 from hf_reflect.oracles.pace import Limits
 from hf_reflect.oracles.purse import cost
@@ -62,17 +63,17 @@ class Cost:
 
     Attributes:
         asked: Calls and tokens.
-        kept: Rows of the result in which a rewrite was kept.
+        rewritten: Rows of the result in which a rewrite was kept.
         total: In the currency of the prices; null without prices.
     """
 
     asked: Asked
-    kept: int
+    rewritten: int
     total: float | None
 
     def per_kept(self, amount: float | None) -> float | None:
         """An amount for each row in which a rewrite was kept."""
-        return None if amount is None or not self.kept else amount / self.kept
+        return None if amount is None or not self.rewritten else amount / self.rewritten
 
 
 @dataclass(frozen=True)
@@ -149,20 +150,21 @@ class Description:
             "changes": {quantity: asdict(change) for quantity, change in self.changes.items()},
             "correlations": self.correlations,
             "inflation": asdict(summary.inflation),
-            "cost": {**asdict(taken.asked), "total": taken.total, "rows": taken.kept, "per_kept_row": per_kept},
+            "cost": {**asdict(taken.asked), "total": taken.total, "rows": taken.rewritten, "per_kept_row": per_kept},
         }
 
     def tables(self) -> list[Table]:
         """What a person wants to see of it, the most important first."""
-        made = [self._means(), self._outcomes(), self._decisions(), self._statuses(), self._reasons()]
-        made += [self._grown(), self._cost(), self._correlated(), self._quantiles()]
+        made = [self._means(), self._changes(), self._outcomes(), self._decisions(), self._statuses(), self._reasons()]
+        made += [self._scores(), self._grown(), self._cost(), self._correlated(), self._quantiles()]
         return [table for table in made if table.rows]
 
     def __str__(self) -> str:
         return "\n\n".join(table.to_text() for table in self.tables())
 
     def _repr_html_(self) -> str:
-        return "".join(table.to_html() for table in self.tables())
+        tables = [table.to_html() for table in self.tables()]
+        return f"{''.join(tables[:2])}<details><summary>More figures</summary>{''.join(tables[2:])}</details>"
 
     def before_and_after(self) -> list[tuple[str, str, str, str]]:
         """Each quantity that any row has: its mean over the source, over the result, and the change, as text."""
@@ -179,13 +181,18 @@ class Description:
         for quantity in QUANTITIES:
             cells = [_mean(quantity, self.distributions[stage].get(quantity)) for stage in STAGES]
             if any(cell != _NONE for cell in cells):
-                rows.append([quantity, *cells, change_text(quantity, self.changes.get(quantity))])
+                rows.append([quantity, *cells])
         note = (
             "Lengths are in characters, tokens are the student's; instructions are with their inputs. Reflected: what "
-            "the oracle proposed, kept or not. The change is over the rows that have both values, with its 95 % "
-            "bootstrap interval."
+            "the oracle proposed, kept or not. The r-IFD of an original is computed only where its instruction stays. "
+            "Tokens and perplexities leave out what was cut off."
         )
-        return Table("Means", ("mean", *STAGES, "change"), rows, note)
+        return Table("Means", ("mean", *STAGES), rows, note)
+
+    def _changes(self) -> Table:
+        rows = [[quantity, change_text(quantity, change)] for quantity, change in self.changes.items()]
+        note = "From original to recycled, over the rows that have both values."
+        return Table("Changes", ("mean of", "change [95 % bootstrap interval]"), rows, note)
 
     def _outcomes(self) -> Table:
         rows = [[*path, str(count)] for path, count in sorted(self.summary.flows.items(), key=_by_count)]
@@ -204,6 +211,12 @@ class Description:
         rows = [[*why, str(count)] for why, count in ranked[:_MOST_REASONS]]
         note = f"The {_MOST_REASONS} most frequent of {len(ranked)}." if len(ranked) > _MOST_REASONS else ""
         return Table("What gave no rewrite, and why", ("phase", "status", "reason", "count"), rows, note)
+
+    def _scores(self) -> Table:
+        rows = [[measure, status, str(count)] for (measure, status), count in sorted(self.summary.scores.items())]
+        cut = any(status == "truncated" for _, status in self.summary.scores)
+        note = "What was truncated did not fit the student: see --max-length. A null score never wins." if cut else ""
+        return Table("Scores", ("measure", "status", "count"), rows, note)
 
     def _quantiles(self) -> Table:
         rows = []
@@ -231,13 +244,23 @@ class Description:
         if not inflation.rows:
             return Table("Length", (), ())
         times = inflation.after / inflation.before if inflation.before else None
+        ratio = self._median_ratio()
         rows = [
             ["rows in which a rewrite was kept", str(inflation.rows)],
             ["with a longer response", f"{inflation.longer} ({inflation.longer / inflation.rows:.0%})"],
             ["at least twice as long", f"{inflation.twice} ({inflation.twice / inflation.rows:.0%})"],
             ["all their responses together", _NONE if times is None else f"{times:.2f} times as long"],
+            ["the median of those that changed", _NONE if ratio is None else f"{ratio:.2f} times as long"],
         ]
         return Table("Length", ("responses", "rows"), rows)
+
+    def _median_ratio(self) -> float | None:
+        import numpy as np
+
+        measures = self.summary.measures
+        before, after = (measures.column(stage, "response length") for stage in ("original", "recycled"))
+        changed = (before > 0) & (after != before) & ~np.isnan(after)
+        return float(np.median(after[changed] / before[changed])) if changed.any() else None
 
     def _cost(self) -> Table:
         asked, taken = self.cost.asked, self.cost
@@ -277,16 +300,18 @@ def describe(
     Raises:
         HfReflectError: there is no result of a run, or the extra or the model for the coherence is missing.
     """
+    if (price_in is None) != (price_out is None):
+        raise RecipeError("give the price of tokens read and that of tokens written, or neither.")
     embed = None if coherence is None else load_embedder(coherence)
     summary = Summary.of_folder(Path(folder), embed)
-    priced = price_in is not None or price_out is not None
-    return Description.of(summary, (price_in or 0.0, price_out or 0.0) if priced else None)
+    return Description.of(summary, None if price_in is None or price_out is None else (price_in, price_out))
 
 
 def number(quantity: str, value: float) -> str:
     """A value of a quantity with as many digits as it deserves."""
-    digits = 3 if quantity in ("ifd", "rifd", "coherence") else 2 if quantity.startswith("ppl") else 0
-    return f"{value:.{digits}f}"
+    if quantity.startswith("ppl"):
+        return f"{value:.{0 if abs(value) >= 1000 else 2}f}"
+    return f"{value:.{3 if quantity in ('ifd', 'rifd', 'coherence') else 0}f}"
 
 
 def change_text(quantity: str, change: Change | None) -> str:

@@ -1,7 +1,9 @@
 """What is measured of every row before and after, kept small while rows stream by.
 
 Counts and means are of all rows. Quantiles, correlations and pictures are of a sample once there are more than
-`SAMPLE` rows: those whose names have the smallest hashes, in whatever order they come.
+`SAMPLE` rows: those whose names have the smallest hashes, in whatever order they come. Intervals are from a bootstrap:
+the changes of all rows are summed in 10,000 blocks, into which rows fall by the hash of their names, and blocks are
+drawn with replacement. Of fewer rows nearly each is a block of its own, of more each block is a random share of them.
 """
 
 import math
@@ -57,9 +59,7 @@ class Measures:
         self._total: Any = 0.0
         self._chunks: list[tuple[Any, Any]] = []
         self._waiting = 0
-        # Of each block of rows the sum of the changes and their number: what the bootstrap draws from. Below 10,000
-        # rows nearly every row is a block of its own.
-        self._changes: Any = None
+        self._changes: Any = None  # the sum of the changes and their number, by block and quantity
         self.rows = 0
 
     def add(self, split: str, rows: Sequence[tuple[Row, Mapping[str, Any] | None]]) -> None:
@@ -151,7 +151,7 @@ class Measures:
         found: dict[str, tuple[float, float] | None] = dict.fromkeys(QUANTITIES)
         if self._changes is None:
             return found
-        used = self._changes[1].any(1)
+        used = self._changes[1].any(1)  # blocks without any change would only be drawn in vain
         totals, counts = self._changes[:, used]
         random = np.random.default_rng(0)
         blocks = int(used.sum())
@@ -196,16 +196,18 @@ def _asked_about(row: Row) -> Mapping[str, Any]:
 
 def _quantities(pair: Mapping[str, Any] | None, ifd: Row, rifd: Row) -> list[float]:
     lengths = (math.nan, math.nan) if pair is None else (len(_question(pair)), len(pair["response"]))
+    # Of what was cut off, the number of tokens and the perplexity are not those of the text.
+    whole_ifd, whole_rifd = (score if score.get("status") == "ok" else {} for score in (ifd, rifd))
     return [
         *lengths,
         _number(ifd.get("value")),
         _number(rifd.get("value")),
-        _number(rifd.get("direct_tokens")),
-        _number(ifd.get("direct_tokens")),
-        _perplexity(rifd.get("direct_loss")),
-        _perplexity(ifd.get("direct_loss")),
-        _perplexity(ifd.get("conditioned_loss")),
-        _perplexity(rifd.get("conditioned_loss")),
+        _number(whole_rifd.get("direct_tokens")),
+        _number(whole_ifd.get("direct_tokens")),
+        _perplexity(whole_rifd.get("direct_loss")),
+        _perplexity(whole_ifd.get("direct_loss")),
+        _perplexity(whole_ifd.get("conditioned_loss")),
+        _perplexity(whole_rifd.get("conditioned_loss")),
         math.nan,
     ]
 

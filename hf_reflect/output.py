@@ -95,6 +95,8 @@ class OutputFolder:
                 _sync(file)
             if self.path.exists():
                 old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
+                if _data(self.path) == _data(self._staging) and (self.path / REPORT).is_file():
+                    (self.path / REPORT).rename(self._staging / REPORT)  # it still says what is true
                 self.path.rename(old)
                 self._staging.rename(self.path)
                 self._retire(old)
@@ -189,12 +191,18 @@ class _Writer:
         self._waiting = []
 
 
+def _data(folder: Path) -> set[str]:
+    """The names of a result's data files, which end in hashes of what is in them."""
+    return {file.name for file in folder.rglob("*.parquet")}
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all.
 
     Raises:
         OutputError: it can't be written.
     """
+    refuse_special(file)
     unfinished = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(exist_ok=True)
@@ -203,6 +211,16 @@ def write_whole(file: Path, content: bytes) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OutputError(f"{file}: can't be written: {error.strerror or error}.") from error
+
+
+def refuse_special(file: Path) -> None:
+    """Refuses to replace what is no file, such as a device.
+
+    Raises:
+        OutputError: it is none.
+    """
+    if file.exists() and not file.is_file():
+        raise OutputError(f"{file}: is no file that could be replaced. Choose another.")
 
 
 def split_order(split: str) -> tuple[bool, str]:

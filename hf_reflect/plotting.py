@@ -7,7 +7,7 @@ import base64
 import importlib.util
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ _OUTCOMES = {
     "instruction": BLUE,
     "response": "#8a5a9e",
     "turned down": AFTER,
+    "not scored": "#a3870b",
     "no rewrite": GREY,
     "original": GREY,
     "left out": AFTER,
@@ -39,6 +40,7 @@ _SIZE = (8.0, 3.3)
 _DPI = 150
 _MOST_POINTS = 4000
 _GRID = 400
+_FAR = 3.0
 _NAMES = {"ifd": "IFD", "rifd": "r-IFD"}
 _STAGES = {"original": ("before", BEFORE, (0, (4, 2))), "recycled": ("after", AFTER, "solid")}
 
@@ -154,7 +156,9 @@ def _alt_scores(description: Description) -> str | None:
             for stage in _STAGES
             if (found := description.distributions[stage].get(score))
         ]
-        said.append(f"median {_NAMES[score]} {', '.join(medians)}")
+        columns = [_column(description, stage, score) for stage in _STAGES]
+        high = _span(columns)[1]
+        said.append(f"median {_NAMES[score]} {', '.join(medians)}{_omitted(_beyond(columns, high), high)}")
     return f"Densities of the scores over the rows: {'; '.join(said)}." if said else None
 
 
@@ -167,10 +171,13 @@ def _draw_scores(figure: Any, description: Description) -> None:
             _density(axes, column, low, high, *_STAGES[stage])
         if low < 1 < high:
             axes.axvline(1, color=INK, linewidth=0.8, alpha=0.6)
-        axes.set(xlabel=_NAMES[score], ylabel="share of rows" if axes is axes.figure.axes[0] else "", xlim=(low, high))
+        label = "density" if axes is figure.axes[0] else ""
+        axes.set(
+            xlabel=_NAMES[score] + _omitted(_beyond(columns.values(), high), high), ylabel=label, xlim=(low, high)
+        )
         axes.set_yticks([])
         axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _density(
@@ -193,12 +200,22 @@ def _density(
 
 
 def _span(columns: Sequence["np.ndarray[Any, Any]"]) -> tuple[float, float]:
-    """What is shown of scores: all but the last hundredth, and always 1."""
+    """What is shown of scores: always 1, and all of them, or where some are far away all but the last hundredth."""
     import numpy as np
 
     every = np.concatenate(columns)
-    high = max(1.1, float(np.quantile(every, 0.99, method="lower")) * 1.05)
-    return min(0.0, float(every.min())), high
+    most, nearly_all, largest = np.quantile(every, (0.95, 0.99, 1.0), method="lower")
+    high = largest if largest <= _FAR * most else nearly_all
+    return min(0.0, float(every.min())), max(1.1, float(high) * 1.05)
+
+
+def _beyond(columns: Iterable["np.ndarray[Any, Any]"], high: float) -> int:
+    return sum(int((column > high).sum()) for column in columns)
+
+
+def _omitted(beyond: int, high: float) -> str:
+    """What a picture says of scores that it does not show."""
+    return f" ({beyond} above {high:.1f} not shown)" if beyond else ""
 
 
 # IFD against length
@@ -212,7 +229,10 @@ def _alt_length(description: Description) -> str | None:
     ]
     if not said:
         return None
-    return f"IFD against the length of the response, a dot for each row: rank correlation {', '.join(said)}."
+    columns = [_column(description, stage, "ifd") for stage in _STAGES]
+    high = _span(columns)[1]
+    omitted = _omitted(_beyond(columns, high), high)
+    return f"IFD against the length of the response, a dot for a row{omitted}: rank correlation {', '.join(said)}."
 
 
 def _draw_length(figure: Any, description: Description) -> None:
@@ -233,7 +253,9 @@ def _draw_length(figure: Any, description: Description) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.set(xlabel="characters of the response", ylabel="IFD", ylim=_span(scores))
+    low, high = _span(scores)
+    omitted = _omitted(_beyond(scores, high), high)
+    axes.set(xlabel="characters of the response", ylabel=f"IFD{omitted}", ylim=(low, high))
     axes.legend()
 
 

@@ -156,6 +156,12 @@ class Recipe:
         import yaml
 
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            raise RecipeError(
+                f"{path}: there is no result of a run in it." if Path(path).is_dir() else f"{path}: is not there."
+            )
+        if (task := read_task(file.parent)) is not None and file.name == FILE:
+            raise RecipeError(f"{path}: was written by `{task.task}`; this needs the result of a run of `recycle`.")
         try:
             data = yaml.safe_load(file.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,7 +1,7 @@
 """What a run did, in numbers small enough to keep while rows stream by."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,8 @@ from hf_reflect.recipe import Recipe
 from hf_reflect.selection import Keep, check, keep
 from hf_reflect.trail import Trail
 
+
+LEFT_OUT = "left out"
 
 _MOST_REASONS = 1000
 
@@ -50,6 +52,7 @@ class Summary:
         kept: Rows in config `default`.
         recycled: Rows by what became of them.
         statuses: Reflections by phase and status.
+        scores: Scores of originals, rewrites and results, by measure and status.
         decisions: Decisions by phase and reason.
         flows: Rows by what the two phases came to, and what is in the result.
         inflation: How responses grew.
@@ -67,6 +70,7 @@ class Summary:
     kept: int = 0
     recycled: Counter[str] = field(default_factory=Counter)
     statuses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    scores: Counter[tuple[str, str]] = field(default_factory=Counter)
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     flows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     inflation: "Inflation" = field(default_factory=lambda: Inflation())
@@ -92,9 +96,7 @@ class Summary:
         """
         import pyarrow.parquet as pq
 
-        policy = Recipe.read(folder).keep
-        check("keep", policy, Keep)
-        summary = cls(policy=cast(Keep, policy), measures=Measures(embed))
+        summary = cls(policy=policy_of(Recipe.read(folder)), measures=Measures(embed))
         trail = Trail(folder)
         for split in trail.splits:
             for rows in trail.batches(split):
@@ -113,31 +115,34 @@ class Summary:
         """Takes rows of config `reflections` into account."""
         readable: list[tuple[Mapping[str, Any], dict[str, Any] | None]] = []
         for row in rows:
-            self.rows += 1
-            self.recycled[row["recycled"]] += 1
-            for phase in ("instruction", "response"):
-                for reflection in row[f"{phase}_reflections"]:
-                    self._reflection(phase, reflection)
-                self.decisions[phase, row[f"{phase}_decision"]["reason"]] += 1
-            kept = self._is_kept(row)
-            self.flows[
-                _outcome(row, "instruction"), _outcome(row, "response"), row["recycled"] if kept else "left out"
-            ] += 1
+            result = result_of(row, self.policy)
+            self._count(row, result)
             if row["original"] is not None:
-                readable.append((row, final_pair(row) if kept else None))
-                # The first of the first split by name, in whatever order splits come.
-                known = self.examples.get(_ending(row))
-                if known is None or split < known[0]:
-                    self.examples[_ending(row)] = (split, row)
-        for row, final in readable:
-            self.ifd_at_least_one += ((row["original"]["ifd"] or {}).get("value") or 0) >= 1
-            if final is not None and row["recycled"] != "original":
-                self.inflation.add(row["original"]["response"], final["response"])
-        self.measures.add(split, readable)
+                final = None if result == LEFT_OUT else final_pair(row)
+                self._compare(row, final, split)
+                readable.append((row, final))
+        self.measures.add(split, readable)  # together: it works on columns
 
-    def _is_kept(self, row: Mapping[str, Any]) -> bool:
-        ifd, rifd = ((row[f"{measure}_score"] or {}).get("value") for measure in ("ifd", "rifd"))
-        return keep(self.policy, row["recycled"], ifd, rifd)
+    def _count(self, row: Mapping[str, Any], result: str) -> None:
+        self.rows += 1
+        self.recycled[row["recycled"]] += 1
+        for measure, score in _scores(row):
+            self.scores[measure, score["status"]] += 1
+        for phase in ("instruction", "response"):
+            for reflection in row[f"{phase}_reflections"]:
+                self._reflection(phase, reflection)
+            self.decisions[phase, row[f"{phase}_decision"]["reason"]] += 1
+        outcomes = _outcome(row, "instruction"), _outcome(row, "response")
+        self.flows[outcomes[0], outcomes[1], result] += 1
+
+    def _compare(self, row: Mapping[str, Any], final: Mapping[str, Any] | None, split: str) -> None:
+        self.ifd_at_least_one += ((row["original"]["ifd"] or {}).get("value") or 0) >= 1
+        if final is not None and row["recycled"] != "original":
+            self.inflation.add(row["original"]["response"], final["response"])
+        # The first of the first split by name, in whatever order splits come.
+        known = self.examples.get(_ending(row))
+        if known is None or split < known[0]:
+            self.examples[_ending(row)] = (split, row)
 
     def _reflection(self, phase: str, reflection: Mapping[str, Any]) -> None:
         status, reason = reflection["status"], reflection.get("reason")
@@ -177,11 +182,20 @@ class Inflation:
 
 
 def _outcome(row: Mapping[str, Any], phase: str) -> str:
-    """What a phase came to: `rewritten`, `turned down` (by the student), or `no rewrite`."""
+    """What a phase came to: `rewritten`, `turned down` (by the student), `not scored`, or `no rewrite`."""
     decision = row[f"{phase}_decision"]
     if decision["candidate"] is not None:
         return "rewritten"
-    return "no rewrite" if decision["reason"] == "no_rewrite" else "turned down"
+    return {"no_rewrite": "no rewrite", "not_scored": "not scored"}.get(decision["reason"], "turned down")
+
+
+def _scores(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All scores of a row that were asked for."""
+    reflections = [*row["instruction_reflections"], *row["response_reflections"]]
+    for measure in ("ifd", "rifd"):
+        scores = [(row["original"] or {}).get(measure), row[f"{measure}_score"]]
+        scores += [reflection.get(measure) for reflection in reflections]
+        yield from ((measure, score) for score in scores if score and score.get("status"))
 
 
 def _ending(row: Mapping[str, Any]) -> str:
@@ -190,6 +204,22 @@ def _ending(row: Mapping[str, Any]) -> str:
         return str(row["recycled"])
     reflections = [*row["instruction_reflections"], *row["response_reflections"]]
     return "rejected" if any(reflection["status"] == "ok" for reflection in reflections) else "original"
+
+
+def policy_of(recipe: Recipe) -> Keep:
+    """Which rows a recipe keeps.
+
+    Raises:
+        RecipeError: it doesn't say so.
+    """
+    check("keep", recipe.keep, Keep)
+    return cast(Keep, recipe.keep)
+
+
+def result_of(row: Mapping[str, Any], policy: Keep) -> str:
+    """What a row of config `reflections` is in the result: as in column `recycled`, or `left out`."""
+    ifd, rifd = ((row[f"{measure}_score"] or {}).get("value") for measure in ("ifd", "rifd"))
+    return str(row["recycled"]) if keep(policy, row["recycled"], ifd, rifd) else LEFT_OUT
 
 
 def final_pair(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from html import escape
 
 
-_WIDTH = 110
+_WIDTH = 100
+_RIGHT = ' class="number" style="text-align: right"'  # a notebook has no style sheet of ours
+_LEFT = ' style="text-align: left"'
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Table:
 
 def _line(kind: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
     marked = zip(cells, numeric, strict=True)
-    made = (f"<{kind}{' class=number' if number else ''}>{escape(cell)}</{kind}>" for cell, number in marked)
+    made = (f"<{kind}{_RIGHT if number else _LEFT}>{escape(cell)}</{kind}>" for cell, number in marked)
     return f"<tr>{''.join(made)}</tr>"
 
 

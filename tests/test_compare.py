@@ -94,9 +94,6 @@ def test_rows_are_matched_by_their_ids_and_every_change_is_counted(places):
         ("train", 5, "original", "both", {
             "instruction": ("not_higher_ifd", "higher_ifd"), "response": ("not_lower_rifd", "lower_rifd"),
         }),
-        ("train", 6, "original", "original", {
-            "instruction": ("no_rewrite", "not_higher_ifd"), "response": ("no_rewrite", "not_lower_rifd"),
-        }),
     ]  # fmt: skip
 
 
@@ -156,7 +153,10 @@ def test_no_input_and_an_empty_one_are_the_same(places):
 def test_other_texts_of_the_same_decision_are_not_the_same_text(places):
     other = own(0, False, True, on_response=reflection(response="Another one."))
     found = pair_of(places, {"train": [own(0, False, True)]}, {"train": [other]})
-    assert (found.matched, found.same, found.changed) == (1, 0, [])
+    assert (found.matched, found.same) == (1, 0)
+    assert [(one.row, one.before, one.after, one.decisions) for one in found.changed] == [
+        (0, "response", "response", {})
+    ]
 
 
 def test_a_result_is_the_same_as_itself(places):
@@ -258,7 +258,7 @@ def test_the_command_shows_both_side_by_side(places):
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["oracle", "teacher", "mentor"] in lines
-    assert ["in", "both", "2"] in lines
+    assert ["in", "both", "sources", "2"] in lines
     assert ["instruction", "original", "1"] in lines
     assert ["instruction", "higher_ifd", "not_higher_ifd", "1"] in lines
     assert ["ifd", "0.500", "(n=2)", "0.375", "(n=2)"] in lines
@@ -302,3 +302,22 @@ def test_a_folder_that_is_no_result_is_named(places):
         done = invoke("diff", *words)
         assert isinstance(done.exception, HfReflectError)
         assert str(places[1]) in str(done.exception)
+
+
+def test_rows_that_a_result_leaves_out_are_said_to_be(places):
+    kept, turned_down = own(0, False, True), own(1)
+    first = written(places[0], {"train": [kept, turned_down]})
+    second = written(places[1], {"train": [kept, turned_down]}, keep="reflected")
+    found = compare(first, second)
+    assert found.recycled == {("response", "response"): 1, ("original", "left out"): 1}
+    assert (found.matched, found.same) == (2, 1)
+    assert [(one.row, one.before, one.after) for one in found.changed] == [(1, "original", "left out")]
+    assert found.settings == {"keep": ("all", "reflected")}
+
+
+def test_the_same_outcome_for_another_reason_is_no_difference(places):
+    first = {"train": [own(0, True)]}
+    second = {"train": [own(0, True, reasons={"instruction": "accepted"})]}
+    found = pair_of(places, first, second)
+    assert (found.same, found.changed) == (1, [])
+    assert found.decisions["instruction", "higher_ifd", "accepted"] == 1

@@ -73,6 +73,8 @@ def truth(asked: str, answer: str, ifd: dict | None, rifd: dict | None) -> dict[
         scored = ifd if name == "ifd" else rifd
         values = scored or dict.fromkeys(("value", "direct_tokens", "direct_loss", "conditioned_loss"))
         found[name] = values["value"]
+        if scored and scored["status"] != "ok":  # what was cut off is another text
+            values = dict.fromkeys(values)
         found[f"{own} tokens"] = values["direct_tokens"]
         for of, loss in ((target, "direct_loss"), (given, "conditioned_loss")):
             found[f"ppl({of})"] = None if values[loss] is None else math.exp(values[loss])

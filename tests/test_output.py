@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from hf_reflect.errors import OutputError
-from hf_reflect.output import OutputFolder
+from hf_reflect.output import OutputFolder, write_whole
 from hf_reflect.recipe import FILE, Recipe
 
 
@@ -251,3 +251,39 @@ def test_a_relative_path_is_meant_from_where_the_run_began(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "elsewhere")
     folder.finish(lambda _: "card")
     assert texts(tmp_path / "out") == ["a"]
+
+
+def test_a_report_stays_as_long_as_it_says_what_is_true(out):
+    run(out, "a")
+    (out / "report.html").write_text("about a", "utf-8")
+    run(out, "a", card="written again")
+    assert (out / "report.html").read_text("utf-8") == "about a"
+    run(out, "b")
+    assert names(out) == ["README.md", "data", FILE]
+
+
+def test_pictures_of_a_former_result_do_not_stay(out):
+    folder = OutputFolder(out, RECIPE)
+    folder.write("default", "train", rows("a"))
+    folder.finish(lambda _: "card", {"pictures/flow.png": b"old"})
+    assert (out / "pictures" / "flow.png").read_bytes() == b"old"
+    run(out, "b")
+    assert names(out) == ["README.md", "data", FILE]
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="no file"):
+        write_whole(pipe, b"x")
+    assert pipe.is_fifo()
+
+
+def test_row_groups_have_a_thousand_rows(out):
+    folder = OutputFolder(out, RECIPE)
+    for _ in range(12):
+        folder.write("default", "train", rows(*["x"] * 200))
+    folder.finish(lambda _: "card")
+    (file,) = (out / "data").iterdir()
+    metadata = pq.read_metadata(file)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1000, 1000, 400]

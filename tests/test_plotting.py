@@ -258,7 +258,7 @@ def test_the_text_beside_the_lengths_gives_the_rank_correlations():
         one["response_reflections"][0]["response"] = "y" * length  # falls, as the scores after do
     said = alt(rows)["ifd_by_length"]
     assert said == (
-        "IFD against the length of the response, a dot for each row: rank correlation +0.80 before, +1.00 after."
+        "IFD against the length of the response, a dot for a row: rank correlation +0.80 before, +1.00 after."
     )
 
 

@@ -162,6 +162,10 @@ def start(hub: Hub, home: Path, *words: object, token: str | None = "hf_alice") 
     return subprocess.Popen(command, env=hub.env(home, token), stdout=pipe, stderr=pipe, text=True)
 
 
+UPLOADED = 2 + 4
+"""Files of a result that go to the storage: those of the two configs, and pictures."""
+
+
 def advice_of(done: subprocess.CompletedProcess) -> str:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
@@ -184,7 +188,7 @@ def read(folder: Path, config: str = "data") -> list[dict[str, Any]]:
 def paths_of(folder: Path) -> dict[str, Path]:
     """What of a folder belongs on the Hub, by path."""
     found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {path: file for path, file in found.items() if path.endswith((".parquet", ".yaml", ".md"))}
+    return {path: file for path, file in found.items() if path.endswith((".parquet", ".yaml", ".md", ".png"))}
 
 
 def check_holds(hub: Hub, repo: str, folder: Path, revision: str = "main") -> None:
@@ -230,9 +234,9 @@ def test_a_push_is_one_commit_on_top_of_what_was_looked_at(pushed, everything, f
     assert new["parents"] == [old["id"]]
     (asked,) = [request for request in requests if "/commit/" in request.path]
     assert asked.body[0]["value"]["parentCommit"] == old["id"]
-    data = {f"lfsFile {path}" for path in paths_of(full) if path.endswith(".parquet")}
+    data = {f"lfsFile {path}" for path in paths_of(full) if path.endswith((".parquet", ".png"))}
     assert set(asked.operations) == {*data, "file README.md", "file recipe.yaml"}
-    assert len(data) == 2
+    assert len(data) == 2 + 4
     check_holds(hub, "alice/recycled", full)
     assert f"commit {new['id']}, loaded again and compared" in done.stdout
     assert done.stderr == ""
@@ -368,14 +372,14 @@ def test_a_commit_that_did_not_work_is_tried_again(hub, client, full, status):
     client(push, str(full), f"alice/tried-commit-{status}", {})
     assert [request.status for request in hub.seen("/commit/")] == [status] * 3 + [200]
     check_holds(hub, f"alice/tried-commit-{status}", full)
-    assert len(hub.uploads) == 2
+    assert len(hub.uploads) == UPLOADED
 
 
 def test_an_upload_whose_signed_address_is_no_longer_valid_is_tried_again(hub, client, full):
     hub.faults.append(Fault("/storage/", "PUT", status=403))
     client(push, str(full), "alice/expired", {})
     check_holds(hub, "alice/expired", full)
-    assert len(hub.uploads) == len(set(hub.uploads)) == 2
+    assert len(hub.uploads) == len(set(hub.uploads)) == UPLOADED
 
 
 def test_a_storage_that_refuses_everything_is_given_up_with_advice(hub, home, full):
@@ -389,7 +393,7 @@ def test_a_conflict_is_tried_again(hub, client, full, endpoint):
     hub.faults.append(Fault(*EVERY_ENDPOINT[endpoint], status=409, headers=AT_ONCE))
     client(push, str(full), f"alice/conflict-{endpoint}", {})
     check_holds(hub, f"alice/conflict-{endpoint}", full)
-    assert len(hub.uploads) == 2
+    assert len(hub.uploads) == UPLOADED
 
 
 @pytest.mark.parametrize("endpoint", EVERY_ENDPOINT)
@@ -406,7 +410,7 @@ def test_a_reset_in_the_middle_of_an_upload_is_made_good(hub, client, full):
     hub.faults.append(Fault("/storage/", "PUT", cut="middle"))
     client(push, str(full), "alice/interrupted", {})
     assert [request.cut for request in hub.seen("/storage/", "PUT")].count("middle") == 1
-    assert len(hub.uploads) == len(set(hub.uploads)) == 2
+    assert len(hub.uploads) == len(set(hub.uploads)) == UPLOADED
     check_holds(hub, "alice/interrupted", full)
 
 
@@ -440,7 +444,7 @@ def test_an_answer_that_is_lost_after_the_commit_makes_no_second_commit(hub, cli
     assert len(hub.repo(name).history()) == 2
     assert made["commit"] == hub.repo(name).sha()
     assert made["changed"]
-    assert len(hub.uploads) == 2
+    assert len(hub.uploads) == UPLOADED
 
 
 def test_an_answer_that_is_lost_after_the_pull_request_was_opened_opens_no_second_one(hub, client, full):
@@ -466,7 +470,7 @@ def test_a_hub_that_stays_down_is_given_up_with_advice(hub, client, full):
     hub.faults.clear()
     client(push, str(full), "alice/dead", {})
     check_holds(hub, "alice/dead", full)
-    assert len(hub.uploads) == 2
+    assert len(hub.uploads) == UPLOADED
 
 
 def test_a_hub_that_does_not_let_itself_be_read_again_is_one_line_of_advice(hub, home, full):
@@ -486,9 +490,9 @@ def test_a_push_that_is_killed_between_upload_and_commit_is_done_by_the_next(hub
     victims[0].communicate(timeout=60)
     assert victims[0].returncode == -signal.SIGKILL
     assert list(hub.repo("alice/killed").files()) == [".gitattributes"]
-    assert len(hub.uploads) == 3
+    assert len(hub.uploads) == UPLOADED + 1
     run(hub, home, "push", full, "alice/killed", "--preference")
-    assert len(hub.uploads) == len(set(hub.uploads)) == 3
+    assert len(hub.uploads) == len(set(hub.uploads)) == UPLOADED + 1
     assert set(configs(hub, "alice/killed")) == {"default", "reflections", "preference"}
     assert len(hub.repo("alice/killed").history()) == 2
 
@@ -509,7 +513,7 @@ def test_two_pushes_at_once_with_different_extras_both_end_up_in_it(hub, home, c
     listed = {file["path"] for config in found.values() for file in config["data_files"]}
     there = {path for path in hub.repo("alice/raced").files() if path.endswith(".parquet")}
     assert listed == there
-    assert len(set(hub.uploads)) == 4
+    assert len(set(hub.uploads)) == UPLOADED + 2
     best = sorted(read(full), key=lambda row: -row["ifd"])[: ROWS // 5]
     selected = client(fetch, "alice/raced", "selected", {})["train"]
     assert [row["row_id"] for row in selected] == sorted(row["row_id"] for row in best)

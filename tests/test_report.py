@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from hf_reflect import recycle
 from hf_reflect.columns import REFLECTIONS, TYPES
-from hf_reflect.errors import HfReflectError, OutputError
+from hf_reflect.errors import HfReflectError, OutputError, SourceError
 from hf_reflect.plotting import Picture
 from hf_reflect.recipe import Recipe
 from hf_reflect.report import write_report
@@ -94,14 +94,14 @@ def unreadable(row_id: int, reason: str) -> dict:
     )
 
 
-def folder(path: Path, **splits: list[dict] | pa.Table) -> Path:
+def folder(path: Path, keep: str = "all", **splits: list[dict] | pa.Table) -> Path:
     """A folder as a run writes it, as far as the page reads it."""
     (path / "reflections").mkdir(parents=True)
     asked = {"spec": "x", "identity": {"model": "teacher"}, "sampling": {}, "prompts": {"name": "paper"}}
     recipe = Recipe(
         source={"path": "data/alpaca.json"},
         method="selective",
-        keep="all",
+        keep=keep,
         gate_first=False,
         oracles=[asked],
         student={"spec": "y", "identity": {"model": "pupil"}},
@@ -397,6 +397,14 @@ def test_search_narrows_down_what_the_filters_leave(open_page, page_file):
     reader.counts(0, 7)
     reader.choose(recycled="instruction")
     reader.lists(1)
+
+
+def test_rows_that_the_result_leaves_out_say_so(open_page, tmp_path):
+    source = folder(tmp_path / "result", keep="reflected", train=[row(0, 0, 0), row(1, 0), row(2)])
+    reader = open_page(written(source), "#train/2")
+    reader.shows("#detail .badge:not(.status)", "left out")
+    reader.choose(recycled="left out")
+    reader.lists(1, 2)
 
 
 # ---------------------------------------------------------------- the chosen row
@@ -956,16 +964,16 @@ def test_a_damaged_result_is_said_and_the_former_page_stays(tmp_path):
     (file,) = (source / "reflections").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
-    with pytest.raises(OutputError, match="can't be read"):
+    with pytest.raises(SourceError, match="can't be read"):
         written(source)
     file.write_bytes(b"no parquet")
-    with pytest.raises(OutputError, match="can't be read"):
+    with pytest.raises(SourceError, match="can't be read"):
         written(source)
     assert source.with_name("result.html").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "result.html"]
 
 
 def test_a_folder_that_is_no_result_is_refused(tmp_path):
-    with pytest.raises(HfReflectError, match="recipe"):
+    with pytest.raises(HfReflectError, match="no result of a run"):
         written(tmp_path)
     assert not list(tmp_path.glob("*.html"))

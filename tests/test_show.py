@@ -412,3 +412,56 @@ def test_a_single_row_does_not_and_is_coloured(tmp_path, folder):
     assert "PAGED" not in text
     assert "\x1b[32m" in text
     assert len(re.findall(r"row \d+: ", text)) == 1
+
+
+def test_a_row_that_the_result_leaves_out_says_so(tmp_path):
+    folder = written(tmp_path, {"train": [row(0), row(1, False, True)]}, keep="reflected")
+    assert invoke("show", folder, "--row", 0).stdout.startswith("row 0: original, left out\n")
+    assert invoke("show", folder, "--row", 1).stdout.startswith("row 1: response\n")
+
+
+def test_the_last_line_says_the_scores_in_the_end_and_how_they_changed(tmp_path):
+    truncated = {**score(1, 2), "value": None, "status": "truncated"}
+    one = row(0, True, True, original={"ifd": score(1, 4), "rifd": truncated}, ifd=score(3, 4), rifd=score(1, 2))
+    shown = invoke("show", written(tmp_path, {"train": [one]})).stdout.splitlines()
+    assert shown[-1] == "in the end: IFD 0.750 (+0.500), r-IFD 0.500"
+
+
+def test_a_score_that_there_is_none_of_says_why(tmp_path):
+    truncated = {**score(1, 2), "value": None, "status": "truncated"}
+    one = row(0, on_response=reflection(rifd=truncated), original={"rifd": score(1, 4)}, ifd=score(3, 4))
+    assert "r-IFD: before 0.250, rewrite – (truncated)" in invoke("show", written(tmp_path, {"train": [one]})).stdout
+
+
+def test_earlier_turns_are_shown(tmp_path):
+    context = [{"role": "user", "content": "Name a moon."}, {"role": "assistant", "content": "Io."}]
+    shown = invoke("show", written(tmp_path, {"train": [row(0, original={"context": context})]})).stdout
+    assert "earlier turn of user\nName a moon.\n\nearlier turn of assistant\nIo.\n\ninstruction\n" in shown
+
+
+def test_an_order_needs_something_to_go_by(folder):
+    assert "--sort" in str(invoke("show", folder, "--ascending").exception)
+
+
+def test_a_limit_alone_shows_the_first_rows(folder, splits):
+    shown = re.findall(r"^(?:test|train) row (\d+):", invoke("show", folder, "--limit", 3).stdout, re.MULTILINE)
+    assert shown == [str(one["row_id"]) for one in splits["train"][:3]]
+
+
+@pytest.mark.parametrize("command", ["show", "stats", "report", "card"])
+def test_a_folder_of_another_command_is_told_apart(tmp_path, command):
+    from hf_reflect.recipe import TaskRecipe
+
+    (tmp_path / "recipe.yaml").write_text(TaskRecipe("score", {"source": {}}, "0").to_yaml(), "utf-8")
+    assert "was written by `score`" in str(invoke(command, tmp_path).exception)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("words", [["stats", "--json"], ["stats"], ["show", "--limit", "3"]])
+def test_where_the_output_does_not_fit_one_line_says_so(tmp_path, words):
+    folder = written(tmp_path, {"train": [row(i, True, True) for i in range(3)]})
+    command, *options = words
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([COMMAND, command, folder, *options], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output can't be written: no space left on device.\n"

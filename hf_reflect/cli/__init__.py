@@ -1,5 +1,6 @@
 """The command line: `hf-reflect`, or `hf reflect` where it is installed as an extension of `hf`."""
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -64,12 +65,21 @@ def main() -> None:
     except HfReflectError as error:
         typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os._exit(_no_room())
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as leaving:
         if leaving.code == _INTERRUPTED:  # typer turns an interrupt into this
             _interrupted()
         raise
+
+
+def _no_room() -> int:
+    typer.echo("error: the output can't be written: no space left on device.", err=True)
+    return 1
 
 
 def _interrupted() -> None:

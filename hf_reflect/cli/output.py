@@ -3,6 +3,7 @@
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
@@ -13,7 +14,8 @@ import typer
 
 from hf_reflect.describing import Description
 from hf_reflect.errors import HfReflectWarning
-from hf_reflect.summary import Summary, final_pair
+from hf_reflect.selection import Keep
+from hf_reflect.summary import LEFT_OUT, Summary, final_pair, result_of
 
 
 _RECYCLED = {
@@ -23,12 +25,16 @@ _RECYCLED = {
     "both": "new instruction, then a better response",
 }
 _CLIP = 2000
+_NAMES = {"ifd": "IFD", "rifd": "r-IFD"}
 
 
 def summary(result: Summary) -> str:
     """The table at the end of a run."""
     lines = [("rows", f"{result.rows}"), ("rows kept", f"{result.kept}")]
-    lines += [(f"  {_RECYCLED[name]}", f"{result.recycled[name]}") for name in _RECYCLED]
+    kept = Counter[str]()
+    for (_, _, what), count in result.flows.items():
+        kept[what] += count
+    lines += [(f"  {_RECYCLED[name]}", f"{kept[name]}") for name in _RECYCLED]
     for phase in ("instruction", "response"):
         lines.append((f"{phase} phase", ""))
         lines += [(f"  reflections {s}", f"{n}") for (p, s), n in sorted(result.statuses.items()) if p == phase]
@@ -46,21 +52,24 @@ def summary(result: Summary) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
 
-def pair(row: Mapping[str, Any], split: str = "") -> str:
+def pair(row: Mapping[str, Any], split: str = "", policy: Keep = "all") -> str:
     """One row of config `reflections`, before and after, with the words in colour that differ."""
-    title = typer.style(printable(f"{split}row {row['row_id']}: {row['recycled']}"), bold=True)
+    left_out = ", left out" if result_of(row, policy) == LEFT_OUT else ""
+    title = typer.style(printable(f"{split}row {row['row_id']}: {row['recycled']}{left_out}"), bold=True)
     if row["original"] is None:
         reasons = [reflection["reason"] or "" for reflection in row["instruction_reflections"]]
         return f"{title}\n\nno pair could be read: {printable(reasons[0] or '')}"
     before, after = row["original"], final_pair(row)
     blocks = [title]
+    for turn in before.get("context") or ():
+        blocks.append(_block(printable(f"earlier turn of {turn['role']}"), _shown(turn["content"] or "")))
     for part in ("instruction", "input", "response"):
         old, new = (_shown(pair[part] or "") for pair in (before, after))
         if after[part] == (before[part] or ""):
             blocks += [_block(part, old)] if old else []
         else:
             old, new = _coloured(old, new)
-            blocks += [_block(part, old), _block(f"{part}, recycled", new, "green")]
+            blocks += [_block(part, old), _block(f"{part}, recycled", new or "(none)", "green")]
     for phase in ("instruction", "response"):
         decision = row[f"{phase}_decision"]
         for reflection in row[f"{phase}_reflections"]:
@@ -68,7 +77,8 @@ def pair(row: Mapping[str, Any], split: str = "") -> str:
             title = f"reflection on the {phase} by {reflection['oracle']}: {reflection['status']}{reason}"
             blocks.append(_block(printable(title), _shown(reflection["critique"] or ""), "yellow"))
         blocks.append(_scores(row, phase) + printable(f"kept: {decision['kept']}, {decision['reason']}"))
-    return "\n\n".join(blocks)
+    gains = [f"{name} {_gain(before[key], row[f'{key}_score'])}" for key, name in _NAMES.items()]
+    return "\n\n".join([*blocks, f"in the end: {', '.join(gains)}"] if row["ifd_score"] else blocks)
 
 
 def say_where(out: Path) -> None:
@@ -131,9 +141,15 @@ def _scores(row: Mapping[str, Any], phase: str) -> str:
     rewrites = [reflection[measure] for reflection in row[f"{phase}_reflections"]]
     if all(score is None for score in (before, *rewrites)):
         return ""
-    name = "IFD" if measure == "ifd" else "r-IFD"
-    return f"{name}: before {_value(before)}, rewrite {', '.join(map(_value, rewrites))}\n"
+    return f"{_NAMES[measure]}: before {_value(before)}, rewrite {', '.join(map(_value, rewrites))}\n"
 
 
 def _value(score: Mapping[str, Any] | None) -> str:
-    return "–" if score is None or score["value"] is None else f"{score['value']:.3f}"
+    if score is None or score["value"] is None:
+        return "–" if score is None or not score.get("status") else f"– ({printable(score['status'])})"
+    return f"{score['value']:.3f}"
+
+
+def _gain(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    old, new = ((score or {}).get("value") for score in (before, after))
+    return _value(after) if old is None or new is None else f"{_value(after)} ({new - old:+.3f})"

@@ -13,6 +13,9 @@ import typer
 from hf_reflect.cli import output
 from hf_reflect.errors import HfReflectError
 from hf_reflect.prompts import PHASES
+from hf_reflect.recipe import Recipe
+from hf_reflect.selection import Keep
+from hf_reflect.summary import policy_of
 from hf_reflect.trail import Entry, Trail
 
 
@@ -63,14 +66,14 @@ def show(
     hf-reflect show recycled --status refused --limit 5
     hf-reflect show recycled --sort ifd_gain
     """
-    trail = Trail(out)
+    policy, trail = policy_of(Recipe.read(out)), Trail(out)
     if split is not None and split not in trail.splits:
         raise HfReflectError(f"{out}: there is no split {split!r}; it has {', '.join(trail.splits)}.")
     splits = [split] if split else trail.splits
     if ascending and sort is None:
         raise HfReflectError("--ascending needs --sort: in what order?")
     if decision is None and status is None and sort is None and limit is None:
-        _print(trail, [_one(trail, splits, row)])
+        _print(trail, [_one(trail, splits, row)], policy)
         return
     wanted = _Wanted(row, decision, status)
     found = [
@@ -82,7 +85,7 @@ def show(
         scored = [(key, entry) for key, entry in found if key is not None]
         scored.sort(key=lambda one: one[0], reverse=not ascending)
         found = [*scored, *((key, entry) for key, entry in found if key is None)]
-    _print(trail, [entry for _, entry in found[:limit]])
+    _print(trail, [entry for _, entry in found[:limit]], policy)
 
 
 def _one(trail: Trail, splits: list[str], row: int | None) -> Entry:
@@ -111,15 +114,14 @@ class _Wanted:
         self._statuses: set[str] = set()
 
     def __call__(self, entry: Entry) -> bool:
+        if self.row is not None and entry.row["row_id"] != self.row:
+            return False
         decisions = {entry.row[f"{phase}_decision"]["reason"] for phase in PHASES}
         statuses = {reflection["status"] for phase in PHASES for reflection in entry.row[f"{phase}_reflections"]}
         self._decisions |= decisions
         self._statuses |= statuses
-        return (
-            (self.row is None or entry.row["row_id"] == self.row)
-            and (self.decision is None or self.decision in decisions)
-            and (self.status is None or self.status in statuses)
-        )
+        right = self.decision is None or self.decision in decisions
+        return right and (self.status is None or self.status in statuses)
 
     @property
     def known(self) -> str:
@@ -139,12 +141,12 @@ def _key(row: Mapping[str, Any], sort: Sort | None) -> float | None:
     return found
 
 
-def _print(trail: Trail, entries: list[Entry]) -> None:
+def _print(trail: Trail, entries: list[Entry], policy: Keep) -> None:
     def texts() -> Iterator[str]:
         for i, entry in enumerate(entries):
             name = f"{entry.split} " if len(trail.splits) > 1 else ""
             rule = f"\n{'─' * 80}\n\n" if i else ""
-            yield f"{rule}{output.pair(trail.read(entry.split, entry.position), name)}\n"
+            yield f"{rule}{output.pair(trail.read(entry.split, entry.position), name, policy)}\n"
 
     if len(entries) > 1 and sys.stdout.isatty():
         click.echo_via_pager(texts())

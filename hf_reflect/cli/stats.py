@@ -51,7 +51,7 @@ def stats(
 def diff(
     first: Folder,
     second: Annotated[Path, typer.Argument(help="Another one, over the same rows.")],
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to name that were decided otherwise.")] = 20,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to name that differ.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs over the same rows, say of another oracle or student: decisions, and statistics side by side.
@@ -67,7 +67,7 @@ def diff(
         return
     typer.echo(printable("\n\n".join(table.to_text() for table in found.tables())))
     if found.changed[:rows]:
-        typer.echo("\nThe first rows that were decided otherwise")
+        typer.echo("\nThe first rows that differ in the result")
     for row in found.changed[:rows]:
         reasons = "; ".join(f"{phase}: {one} -> {other}" for phase, (one, other) in row.decisions.items())
         typer.echo(

@@ -19,10 +19,12 @@ from typing import Any
 
 from hf_reflect.cards import CardData
 from hf_reflect.errors import OutputError
+from hf_reflect.output import refuse_special
 from hf_reflect.plotting import Picture
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import Recipe
-from hf_reflect.summary import Summary, final_pair
+from hf_reflect.selection import Keep
+from hf_reflect.summary import Summary, final_pair, policy_of, result_of
 from hf_reflect.tables import Table
 from hf_reflect.trail import Entry, Trail
 
@@ -66,7 +68,7 @@ def write_report(
         pictures=[(picture, base64.b64encode(picture.png).decode()) for picture in pictures],
         rows=min(rows, total),
         total=total,
-        body=_Body(_sample(trail, rows)),
+        body=_Body(_sample(trail, rows), policy_of(recipe)),
         scripts=(scripts := [_resource(name) for name in _SCRIPTS]),
         styles=[_resource(name) for name in _STYLES],
         licences={name: _resource(path) for name, path in _LICENCES.items()},
@@ -81,17 +83,18 @@ class _Body:
 
     Args:
         entries: The rows with their splits.
+        policy: Which of them are in the result.
     """
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        self._entries = entries
+    def __init__(self, entries: Iterable[Entry], policy: Keep) -> None:
+        self._entries, self._policy = entries, policy
         self._columns: dict[str, list[Any]] = {}
 
     def pieces(self) -> Iterator[str]:
         """Some rows at a time; the index is whole once these are through."""
         piece: list[dict[str, Any]] = []
         for entry in self._entries:
-            row = entry.row
+            row = {**entry.row, "recycled": result_of(entry.row, self._policy)}
             for name, value in _indexed(entry.split, row).items():
                 self._columns.setdefault(name, []).append(value)
             piece.append({**row, "final": None if row["original"] is None else final_pair(row)})
@@ -190,6 +193,7 @@ def _template() -> Any:
 
 
 def _write(target: Path, page: Iterable[str]) -> None:
+    refuse_special(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +202,7 @@ def _write(target: Path, page: Iterable[str]) -> None:
         partial.replace(target)
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"{target}: can't be written: {reason}. Make room, or choose another file.") from error
+        raise OutputError(f"{target}: can't be written: {reason}. Choose another file, or make room.") from error
     finally:
         with suppress(OSError):  # it is not there, or can't be; the error above says more
             partial.unlink()
