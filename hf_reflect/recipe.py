@@ -158,7 +158,9 @@ class Recipe:
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.exists():
             raise RecipeError(
-                f"{path}: there is no result of a run in it." if Path(path).is_dir() else f"{path}: is not there."
+                f"{path}: there is no result of a run in it."
+                if Path(path).is_dir()
+                else f"{path}: there is no such folder or file, so there is no result of a run."
             )
         if (task := read_task(file.parent)) is not None and file.name == FILE:
             raise RecipeError(f"{path}: was written by `{task.task}`; this needs the result of a run of `recycle`.")

@@ -936,7 +936,8 @@ def test_the_statistics_of_a_run_are_those_of_its_rows(server, judge, out):
 
     def mean(values, digits):
         values = [value for value in values if value is not None]
-        return f"{sum(values) / len(values):.{digits}f} (n={len(values)})"
+        mean = sum(values) / len(values)
+        return f"{mean:.{0 if mean >= 1000 else digits}f} (n={len(values)})"
 
     assert shown["ifd"] == (mean([r["ifd_original"] for r in rows], 3), mean([r["ifd"] for r in rows], 3))
     assert shown["rifd"] == (mean([r["rifd_original"] for r in rows], 3), mean([r["rifd"] for r in rows], 3))
