@@ -3,7 +3,8 @@
 import glob
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,6 @@ class OutputFolder:
                 _sync(file)
             if self.path.exists():
                 old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
-                if _data(self.path) == _data(self._staging) and (self.path / REPORT).is_file():
-                    (self.path / REPORT).rename(self._staging / REPORT)  # it still says what is true
                 self.path.rename(old)
                 self._staging.rename(self.path)
                 self._retire(old)
@@ -150,8 +149,9 @@ class OutputFolder:
 
     def _retire(self, old: Path) -> None:
         """Removes the former folder; what the user put into it (a .git, say) moves to the new one."""
+        ours = _OURS - {REPORT} if _data(old) == _data(self.path) else _OURS  # of the same data it says what is true
         for entry in old.iterdir():
-            if entry.name not in _OURS and not (self.path / entry.name).exists():
+            if entry.name not in ours and not (self.path / entry.name).exists():
                 entry.rename(self.path / entry.name)
         shutil.rmtree(old)
 
@@ -196,21 +196,29 @@ def _data(folder: Path) -> set[str]:
     return {file.name for file in folder.rglob("*.parquet")}
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: Iterable[bytes]) -> None:
     """Writes a file that is there whole or not at all.
+
+    Args:
+        file: Where to; what is there is replaced once the new one is complete.
+        content: Its content, piece by piece.
 
     Raises:
         OutputError: it can't be written.
     """
     refuse_special(file)
-    unfinished = file.with_name(f".{file.name}.part")
+    unfinished = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
-        file.parent.mkdir(exist_ok=True)
-        unfinished.write_bytes(content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as out:
+            out.writelines(content)
         unfinished.replace(file)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OutputError(f"{file}: can't be written: {error.strerror or error}.") from error
+        reason = error.strerror or error
+        raise OutputError(f"{file}: can't be written: {reason}. Choose another file, or make room.") from error
+    finally:
+        with suppress(OSError):  # it is not there, or can't be; the error above says more
+            unfinished.unlink()
 
 
 def refuse_special(file: Path) -> None:

@@ -275,7 +275,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(OutputError, match="no file"):
-        write_whole(pipe, b"x")
+        write_whole(pipe, [b"x"])
     assert pipe.is_fifo()
 
 

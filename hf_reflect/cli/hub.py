@@ -102,11 +102,11 @@ def card(
     if can_draw():
         pictures = draw(data.description)
         for picture in pictures:
-            write_whole(out / picture.path, picture.png)
+            write_whole(out / picture.path, [picture.png])
         data = replace(data, pictures=tuple(pictures))
     file = out / README
     new = sign(render_card(data, _read(card_template)))
-    write_whole(file, merge(new, file.read_text("utf-8") if file.is_file() else None).encode())
+    write_whole(file, [merge(new, file.read_text("utf-8") if file.is_file() else None).encode()])
     typer.echo(f"written to {file}")
 
 

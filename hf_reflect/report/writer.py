@@ -9,17 +9,14 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hf_reflect.cards import CardData
-from hf_reflect.errors import OutputError
-from hf_reflect.output import refuse_special
+from hf_reflect.output import write_whole
 from hf_reflect.plotting import Picture
 from hf_reflect.prompts import PHASES
 from hf_reflect.recipe import Recipe
@@ -74,7 +71,7 @@ def write_report(
         licences={name: _resource(path) for name, path in _LICENCES.items()},
         policy=_policy(scripts),
     )
-    _write(target, page)
+    write_whole(target, (piece.encode("utf-8", "replace") for piece in page))
     return target
 
 
@@ -190,19 +187,3 @@ def _template() -> Any:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((files("hf_reflect.report") / "page.html.jinja").read_text("utf-8"))
-
-
-def _write(target: Path, page: Iterable[str]) -> None:
-    refuse_special(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as out:
-            out.writelines(page)
-        partial.replace(target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{target}: can't be written: {reason}. Choose another file, or make room.") from error
-    finally:
-        with suppress(OSError):  # it is not there, or can't be; the error above says more
-            partial.unlink()
